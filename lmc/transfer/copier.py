@@ -1,0 +1,86 @@
+"""Background copies between the pool and chunks: one worker thread for stores, one for loads.
+
+A load never queues behind stores. The caller's thread owns the Copier and what its jobs read; a
+worker owns a job from its start to its end, and the pages and chunks of a job stay valid until it
+is over. What fails in a worker travels in the Job:
+
+    queued -> running -> done (error None, or what failed)
+       '---> cancelled (error CancelledError)
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+import torch
+
+from lmc.transfer.ops import Backend
+from lmc.transfer.pages import PagedPool, Piece, Transfer
+
+__all__ = ["Copier", "Job"]
+
+
+class Job:
+    """One transfer in the background. Done with `error` None means every byte arrived."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Over: finished, failed or cancelled. Never waits."""
+        return self._future.done()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is over; False when `timeout_s` went by first. Never raises `error`."""
+        return not wait_for([self._future], timeout_s).not_done
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the job early; None while it is not over and after a success."""
+        if not self._future.done():
+            return None
+        if self._future.cancelled():
+            return CancelledError()
+        return self._future.exception()
+
+    def cancel(self) -> bool:
+        """True when the job had not started and never will; False when it runs or is done."""
+        return self._future.cancel()
+
+
+class Copier:
+    def __init__(self, pool: PagedPool, backend: Backend) -> None:
+        self._pool = pool
+        self._backend = backend
+        self._stores = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
+        self._loads = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
+
+    def store(self, page_ids: torch.Tensor, pieces: Sequence[Piece]) -> Job:
+        """Gather pages into chunks, all planes in one call."""
+        transfer = self._transfer(page_ids, pieces)
+        planes = range(len(self._pool.planes))
+        return Job(self._stores.submit(self._backend.gather, transfer, planes))
+
+    def load(
+        self,
+        page_ids: torch.Tensor,
+        pieces: Sequence[Piece],
+        layer_done: Callable[[int], None],
+    ) -> Job:
+        """Scatter chunks into pages layer by layer; after each, the worker calls `layer_done`."""
+        transfer = self._transfer(page_ids, pieces)
+        return Job(self._loads.submit(self._load, transfer, layer_done))
+
+    def close(self) -> None:
+        """Cancel what is queued and wait for what runs."""
+        for pool in (self._stores, self._loads):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _transfer(self, page_ids: torch.Tensor, pieces: Sequence[Piece]) -> Transfer:
+        # A copy of the ids: the caller's tensor may change before the worker reads it.
+        return Transfer(self._pool, page_ids.clone(), pieces)
+
+    def _load(self, transfer: Transfer, layer_done: Callable[[int], None]) -> None:
+        for layer in range(self._pool.num_layers):
+            self._backend.scatter(transfer, self._pool.layer_planes(layer))
+            layer_done(layer)

@@ -1,0 +1,83 @@
+"""The two ops, gather (pool -> chunks) and scatter (chunks -> pool), and the choice of backend.
+
+A transfer is checked once, whichever backend moves it. The memory behind a piece's address is the
+caller's, and stays valid and unshared until the op returns. Gather may repeat page ids, scatter
+wants them distinct.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lmc.transfer.native import CpuBackend
+from lmc.transfer.pages import PagedPool, Piece, Transfer
+from lmc.transfer.reference import TorchBackend
+
+__all__ = ["BACKENDS", "Backend", "gather", "resolve", "scatter"]
+
+log = logging.getLogger("lmc")
+
+BACKENDS = ("auto", "cpu", "torch")
+
+
+class Backend(Protocol):
+    """What moves bytes. `planes` is a range with step 1 inside the pool."""
+
+    name: str
+
+    def gather(self, transfer: Transfer, planes: range) -> None: ...
+    def scatter(self, transfer: Transfer, planes: range) -> None: ...
+
+
+def gather(
+    pool: PagedPool,
+    page_ids: torch.Tensor,
+    pieces: Sequence[Piece],
+    planes: range | None = None,
+    *,
+    backend: Backend,
+) -> None:
+    """Copy pages of the pool into chunks."""
+    backend.gather(Transfer(pool, page_ids, pieces), _plane_range(pool, planes))
+
+
+def scatter(
+    pool: PagedPool,
+    page_ids: torch.Tensor,
+    pieces: Sequence[Piece],
+    planes: range | None = None,
+    *,
+    backend: Backend,
+) -> None:
+    """Copy pages of chunks into the pool."""
+    backend.scatter(Transfer(pool, page_ids, pieces), _plane_range(pool, planes))
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend for a pool on `device`: the fastest that works here, or the one named."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(BACKENDS)}")
+    if name == "torch":
+        return _chosen(TorchBackend(), "asked for")
+    refusal = CpuBackend.refusal(device)
+    if refusal is None:
+        return _chosen(CpuBackend(), "asked for" if name == "cpu" else f"pool on {device}")
+    if name == "cpu":
+        raise ValueError(f"kernels 'cpu' cannot serve this pool: {refusal}")
+    return _chosen(TorchBackend(), refusal)
+
+
+def _chosen(backend: Backend, reason: str) -> Backend:
+    log.info("lmc transfer backend: %s (%s)", backend.name, reason)
+    return backend
+
+
+def _plane_range(pool: PagedPool, planes: range | None) -> range:
+    everything = range(len(pool.planes))
+    if planes is None:
+        return everything
+    if planes.step != 1 or planes.start < 0 or planes.stop > len(everything):
+        raise ValueError(f"{planes} lies outside the planes {everything}")
+    return range(planes.start, max(planes.start, planes.stop))
