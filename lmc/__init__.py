@@ -1,4 +1,6 @@
-"""lmc keeps the KV cache of prompts a language model has already read, and gives it back when they come again."""
+"""lmc keeps the KV cache of prompts a language model has already read, and gives it back when they
+come again.
+"""
 
 __all__ = ["__version__"]
 

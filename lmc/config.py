@@ -1,0 +1,190 @@
+"""Settings. The only place that reads the environment; every field has a default that works.
+
+A bad value is an error at start that names the setting and what it may be. Once lmc is enabled, an
+LMC_* variable that nobody knows is an error too, naming the nearest one: a misspelt setting must
+not be a silent default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+from .layout import MIN_CHUNK_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+KERNELS = ("auto", "cpu", "torch")
+SCHEMES = ("file",)
+_GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class TierUrl:
+    """One entry of LMC_TIERS: `scheme://host/path?option=value`."""
+
+    scheme: str
+    host: str
+    path: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> TierUrl:
+        parts = urlsplit(text)
+        if parts.scheme not in SCHEMES:
+            raise ValueError(
+                f"LMC_TIERS: {text!r} has no known scheme; choices: {', '.join(SCHEMES)}://"
+            )
+        return cls(
+            parts.scheme,
+            parts.netloc,
+            parts.path,
+            dict(parse_qsl(parts.query, keep_blank_values=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, read once. `Config()` is the default; `Config.from_env()` what the user asked
+    for.
+    """
+
+    enable: bool = False
+    """LMC_ENABLE: switch lmc on in an engine that finds it by entry point (an import switches it on
+    as well).
+    """
+    ram_bytes: int | None = None
+    """LMC_RAM_GB: host memory for chunks per machine, in GB (1e9 bytes), shared out among ranks.
+    Default: 25 % of what is free when the engine's pool stands."""
+    tiers: tuple[TierUrl, ...] = ()
+    """LMC_TIERS: places below RAM, in order, separated by commas: `file:///nvme/lmc?gb=200`."""
+    chunk_tokens: int = 256
+    """LMC_CHUNK_TOKENS: tokens a chunk; a multiple of the engine's page, at least 64."""
+    salt: str = ""
+    """LMC_SALT: chunks are shared only between processes with the same salt."""
+    model_version: str = ""
+    """LMC_MODEL_VERSION: name of the weights, where the model's path does not tell (or tells too
+    much).
+    """
+    stage_wait_s: float = 0.5
+    """LMC_STAGE_WAIT_MS: longest wait for chunks on their way up, per scheduling pass, once a
+    request.
+    """
+    io_threads: int = 4
+    """LMC_IO_THREADS: threads a tier."""
+    write_queue_bytes: int = _GB
+    """LMC_WRITE_QUEUE_MB: chunks waiting for a tier, in MB (1e6 bytes); what does not fit is
+    dropped and counted.
+    """
+    kernels: str = "auto"
+    """LMC_KERNELS: who moves pages: auto, cpu (native), torch."""
+    unknown: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
+        """Read LMC_*. Raises ValueError that names the setting and its choices."""
+        values = {
+            name: read(env[var])
+            for var, (name, read) in _SETTINGS.items()
+            if env.get(var, "") != ""
+        }
+        unknown = tuple(
+            sorted(var for var in env if var.startswith("LMC_") and var not in _SETTINGS)
+        )
+        return cls(**values, unknown=unknown)  # type: ignore[arg-type]
+
+    def refuse_unknown(self) -> None:
+        """Raise ValueError if the environment has LMC_* names that mean nothing."""
+        for var in self.unknown:
+            near = difflib.get_close_matches(var, _SETTINGS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{var} is not a setting of lmc; did you mean {near}? All: {', '.join(_SETTINGS)}"
+            )
+
+    def ram_bytes_of_rank(self, num_ranks: int) -> int:
+        """This rank's share of host memory."""
+        total = self.ram_bytes if self.ram_bytes is not None else free_ram_bytes() // 4
+        return total // num_ranks
+
+
+def free_ram_bytes(
+    cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")
+) -> int:
+    """Memory this process may still take: what the cgroup leaves, or the machine, whichever is
+    less.
+    """
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (
+            (cgroup / "memory.max").read_text().strip(),
+            (cgroup / "memory.current").read_text(),
+        )
+    except OSError:  # not a cgroup v2 leaf: the machine is the limit
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def _number(
+    var: str, cast: Callable[[str], float], low: float, high: float, unit: str
+) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = cast(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"{var}={text!r}: must be a number from {low:g} to {high:g}{unit}")
+        return value
+
+    return read
+
+
+def _flag(text: str) -> bool:
+    choices = {
+        "1": True,
+        "true": True,
+        "on": True,
+        "yes": True,
+        "0": False,
+        "false": False,
+        "off": False,
+        "no": False,
+    }
+    if text.lower() not in choices:
+        raise ValueError(f"LMC_ENABLE={text!r}: choices: {', '.join(choices)}")
+    return choices[text.lower()]
+
+
+def _kernels(text: str) -> str:
+    if text not in KERNELS:
+        raise ValueError(f"LMC_KERNELS={text!r}: choices: {', '.join(KERNELS)}")
+    return text
+
+
+def _chunk_tokens(text: str) -> int:
+    return int(_number("LMC_CHUNK_TOKENS", int, MIN_CHUNK_TOKENS, 65536, " tokens")(text))
+
+
+_gigabytes = _number("LMC_RAM_GB", float, 0.001, 1e6, " GB")
+_wait_ms = _number("LMC_STAGE_WAIT_MS", float, 0, 60_000, " ms")
+_threads = _number("LMC_IO_THREADS", int, 1, 256, "")
+_queue_mb = _number("LMC_WRITE_QUEUE_MB", float, 0, 1e6, " MB")
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "LMC_ENABLE": ("enable", _flag),
+    "LMC_RAM_GB": ("ram_bytes", lambda text: int(_gigabytes(text) * _GB)),
+    "LMC_TIERS": ("tiers", lambda text: tuple(TierUrl.parse(url) for url in text.split(","))),
+    "LMC_CHUNK_TOKENS": ("chunk_tokens", _chunk_tokens),
+    "LMC_SALT": ("salt", str),
+    "LMC_MODEL_VERSION": ("model_version", str),
+    "LMC_STAGE_WAIT_MS": ("stage_wait_s", lambda text: _wait_ms(text) / 1000),
+    "LMC_IO_THREADS": ("io_threads", lambda text: int(_threads(text))),
+    "LMC_WRITE_QUEUE_MB": ("write_queue_bytes", lambda text: int(_queue_mb(text) * 10**6)),
+    "LMC_KERNELS": ("kernels", _kernels),
+}

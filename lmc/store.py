@@ -1,0 +1,396 @@
+"""The tiered store: RAM in front, slower tiers below. One thread owns it; pool threads only move
+bytes it lent them.
+
+Whatever `lookup` answers is committed in RAM, and `acquire` pins it there, so a promise made to an
+engine cannot fail for I/O reasons. Lower tiers only feed RAM (`stage`) and are fed from it (a
+commit).
+
+    stage(keys) -> lookup(keys) -> acquire(keys) -> ReadLease.release()   a sequence comes back
+    reserve(chunks) -> fill the slots -> WriteLease.commit()              a sequence is kept
+    poll()                                                                once a scheduler step
+
+`keys` are the keys of consecutive steps from absolute step `start` on; every answer counts steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .keys import KEY_BYTES, Key, Namespace
+from .stats import Stats
+from .tiers.arena import Arena
+from .tiers.frame import Damaged, blob_bytes, seal, verify
+from .tiers.guard import Completions, Guard
+from .tiers.ram import Chunk, RamTier, ReadLease, WriteLease
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .layout import KVLayout
+    from .tiers.tier import Tier
+
+SPILL_GROUP = 8
+"""Chunks a spill job writes: few jobs for the owner, enough of them for the threads."""
+TICKET_LIFE_S = 60.0
+"""Staged chunks nobody asked for are let go after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A chunk found below: it ends at absolute step `end` and begins at the chunk boundary
+    before.
+    """
+
+    key: Key
+    end: int
+    parent: Key | None
+    guard: Guard
+
+
+class Ticket:
+    """One request's staging: what is on its way, and what has arrived and is held for it until
+    `close`.
+    """
+
+    def __init__(self, store: TieredStore, keys: Sequence[Key]) -> None:
+        self.keys = keys
+        self.created = time.monotonic()
+        self.closed = False
+        self._store = store
+        self._planning = False
+        self._targets: deque[_Target] = deque()
+        self._coming: set[Key] = set()
+        self._held: list[ReadLease] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self.closed or not (self._planning or self._targets or self._coming)
+
+    def close(self) -> None:
+        """Let go of what was held; what is still on its way arrives unpinned. May be called
+        again.
+        """
+        if not self.closed:
+            self.closed = True
+            self._store._close_ticket(self)
+
+
+class TieredStore:
+    """Chunks of one rank. `tiers` are the places below RAM, fastest first."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        namespace: Namespace,
+        ram_bytes: int,
+        tiers: Sequence[Tier] = (),
+        *,
+        stats: Stats | None = None,
+        io_threads: int = 4,
+        write_queue_bytes: int = 10**9,
+    ) -> None:
+        slot_bytes = Arena.slot_size(layout.chunk_bytes)
+        slots = ram_bytes // slot_bytes
+        if slots < 2:
+            raise ValueError(
+                f"LMC_RAM_GB: {ram_bytes / 1e9:.3f} GB for a rank hold fewer than two chunks of "
+                f"{slot_bytes / 1e6:.1f} MB; it takes {2 * slot_bytes / 1e9:.3f} GB"
+            )
+        self.layout, self.namespace = layout, namespace
+        self.stats = stats or Stats()
+        self.arena = Arena(slots, layout.chunk_bytes)
+        self.ram = RamTier(self.arena, layout.chunk_steps)
+        self._done = Completions()
+        bound = min(write_queue_bytes, slots * self.arena.slot_bytes // 4)  # queued writes hold RAM
+        self._guards = [Guard(tier, self._done, self.stats, io_threads, bound) for tier in tiers]
+        self._fetching: dict[Key, list[Ticket]] = {}
+        self._queue: deque[Ticket] = deque()  # tickets with targets to fetch, in order of arrival
+        self._tickets: deque[Ticket] = deque()  # all open ones, oldest first
+        self._staged: Counter[int] = Counter()  # slots held by tickets
+        self._max_staged = max(1, slots // 2)
+
+    # --- retrieve
+
+    def stage(self, keys: Sequence[Key]) -> Ticket:
+        """A request arrived: make its chain hot everywhere and bring up what RAM lacks. Never
+        waits.
+        """
+        spans = self.ram.find(keys)
+        self.ram.touch(spans)
+        ticket = Ticket(self, keys)
+        if keys:
+            self._plan(ticket, 0, sum(span.steps for span in spans))
+        self._tickets.append(ticket)
+        return ticket
+
+    def lookup(self, keys: Sequence[Key], start: int = 0) -> int:
+        """Leading steps of `keys` that can be loaded right now."""
+        return sum(span.steps for span in self.ram.find(keys, start))
+
+    def settle(self, ticket: Ticket, timeout_s: float) -> bool:
+        """Wait for a ticket to be done, at most `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not ticket.done and (left := deadline - time.monotonic()) > 0:
+            self.poll(left)
+        return ticket.done
+
+    def acquire(self, keys: Sequence[Key], start: int = 0) -> ReadLease:
+        """Pin what `lookup` answers for; the lease may be shorter than `keys`, never wrong."""
+        spans = self.ram.find(keys, start)
+        self.ram.touch(spans)
+        return self.ram.pin(spans)
+
+    # --- store
+
+    def reserve(self, chunks: Sequence[Chunk]) -> WriteLease:
+        """Slots for the chunks of one chain that RAM lacks, as many as fit; on commit they start
+        their way down.
+        """
+        lease = self.ram.reserve(chunks)
+        lease.on_commit = self._spill
+        return lease
+
+    # --- upkeep
+
+    def poll(self, timeout_s: float = 0.0) -> int:
+        """Apply finished background work; with a timeout, wait for the first piece of it. Once a
+        scheduler step.
+        """
+        count = self._done.run(timeout_s)
+        if self._tickets and time.monotonic() - self._tickets[0].created > TICKET_LIFE_S:
+            self._tickets.popleft().close()
+        return count
+
+    def renew(self) -> None:
+        """The weights changed: nothing stored so far is found again, and lasting tiers get nothing
+        more from here.
+        """
+        self.namespace = self.namespace.next_generation()
+        for ticket in list(self._tickets):
+            ticket.close()
+        self.ram.clear()
+        self.stats.add("generations")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until no tier has anything to do; whether that came about in time."""
+        deadline = time.monotonic() + timeout_s
+        while (
+            any(guard.busy for guard in self._guards) and (left := deadline - time.monotonic()) > 0
+        ):
+            self.poll(min(left, 0.1))
+        return not any(guard.busy for guard in self._guards)
+
+    def snapshot(self) -> dict[str, float]:
+        """Counters and gauges."""
+        return self.stats.snapshot() | {
+            "ram.slots": self.arena.num_slots,
+            "ram.free_slots": self.ram.num_free,
+            "ram.idle_slots": self.ram.num_idle,
+            "ram.evictions": self.ram.evictions,
+            "staged_slots": len(self._staged),
+            "spill_queue_bytes": sum(guard.write_bytes for guard in self._guards),
+        }
+
+    def close(self, drain_s: float = 30.0) -> None:
+        """Let what is queued land, for at most `drain_s`, and give everything back."""
+        for ticket in list(self._tickets):
+            ticket.close()
+        for guard in self._guards:
+            guard.close(self._done, drain_s)
+        self.arena.close()
+
+    # --- down
+
+    def _spill(self, slots: Sequence[int]) -> None:
+        self.stats.add("ram.stored", len(slots))
+        for guard in self._guards:
+            if self._reaches(guard):
+                for i in range(0, len(slots), SPILL_GROUP):
+                    self._spill_group(guard, slots[i : i + SPILL_GROUP])
+
+    def _spill_group(self, guard: Guard, slots: Sequence[int]) -> None:
+        lease = self.ram.pin_slots(slots)
+        namespace, layout = self.namespace, self.layout
+        work = [
+            (self.arena.view(span.slot), self.ram.joined_keys(span.slot)) for span in lease.spans
+        ]
+        num_bytes = sum(blob_bytes(layout, span.total) for span in lease.spans)
+
+        def write(tier: Tier) -> int:
+            for view, joined in work:
+                keys = [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
+                names = [namespace.fold(key) for key in keys]
+                tier.write(names[-1], seal(view, namespace, keys, layout), names[:-1])
+            return len(work)
+
+        def landed(written: int | None) -> None:
+            self.stats.add(f"{guard.name}.written", written or 0)
+            lease.release()
+
+        if not guard.write(num_bytes, write, landed):
+            lease.release()
+
+    def _reaches(self, guard: Guard) -> bool:
+        """A private namespace is unknown to every later process: lasting tiers would only collect
+        rubbish.
+        """
+        return not (self.namespace.private and guard.persistent)
+
+    # --- up
+
+    def _plan(self, ticket: Ticket, tier: int, have: int) -> None:
+        """Ask tier number `tier` what it holds beyond the first `have` steps, then the tiers below
+        it.
+        """
+        if tier == len(self._guards):
+            if ticket._targets:
+                self._queue.append(ticket)
+                self._pump()
+            return None
+        guard = self._guards[tier]
+        if not self._reaches(guard):
+            return self._plan(ticket, tier + 1, have)
+        keys, layout, namespace = ticket.keys, self.layout, self.namespace
+
+        def planned(found: list[int] | None) -> None:
+            ticket._planning = False
+            if ticket.closed or namespace is not self.namespace:
+                return
+            for end in found or ():
+                begin = (end - 1) // layout.chunk_steps * layout.chunk_steps
+                ticket._targets.append(
+                    _Target(keys[end - 1], end, keys[begin - 1] if begin else None, guard)
+                )
+            self._plan(ticket, tier + 1, max(have, found[-1]) if found else have)
+
+        def work(t: Tier) -> list[int]:
+            return _found_below(t, namespace, keys, have, layout.chunk_steps)
+
+        ticket._planning = guard.read(work, planned)
+        if not ticket._planning:
+            self._plan(ticket, tier + 1, have)
+        return None
+
+    def _pump(self) -> None:
+        """Start fetching, in order of arrival, while staging holds no more than its half of RAM.
+
+        A ticket that fills that half by itself is cut to what fits; one that has nothing yet waits
+        for room.
+        """
+        while self._queue:
+            ticket = self._queue[0]
+            while ticket._targets:
+                if len(self._staged) + len(self._fetching) >= self._max_staged:
+                    if not (ticket._held or ticket._coming):
+                        return
+                    ticket._targets.clear()
+                elif not self._fetch(ticket, ticket._targets.popleft()):
+                    ticket._targets.clear()
+            self._queue.popleft()
+
+    def _fetch(self, ticket: Ticket, target: _Target) -> bool:
+        """Bring one chunk up, or join the request that already does; False if that cannot be."""
+        if target.key in self.ram:
+            return True
+        if (waiting := self._fetching.get(target.key)) is None:
+            lease = self.ram.reserve([Chunk((target.key,), target.parent)])
+            if not lease:  # no room, or an engine is just storing it
+                return False
+            waiting = self._fetching[target.key] = []
+            if not self._read(target, lease):
+                del self._fetching[target.key]
+                lease.abort()
+                return False
+        waiting.append(ticket)
+        ticket._coming.add(target.key)
+        return True
+
+    def _read(self, target: _Target, lease: WriteLease) -> bool:
+        namespace, layout, view = self.namespace, self.layout, self.arena.view(lease.slots[0])
+        steps = (target.end - 1) % layout.chunk_steps + 1
+
+        def work(tier: Tier) -> tuple[Key, ...] | str:
+            return _read_verified(tier, view, namespace, layout, target.key, steps)
+
+        def arrived(result: tuple[Key, ...] | str | None) -> None:
+            if isinstance(result, tuple):
+                self.stats.add(f"{target.guard.name}.hit")
+                lease.commit([Chunk(result, target.parent)])
+            else:
+                self.stats.add(f"{target.guard.name}.miss.{result or 'error'}")
+                lease.abort()
+            self._hand_out(target)
+
+        return target.guard.read(work, arrived)
+
+    def _hand_out(self, target: _Target) -> None:
+        """A chunk came, or did not: pin it for those who wait, or tell them that nothing beyond it
+        will help.
+        """
+        for ticket in self._fetching.pop(target.key):
+            ticket._coming.discard(target.key)
+            if ticket.closed:
+                continue
+            if not (spans := self.ram.find([target.key], target.end - 1)):
+                ticket._targets.clear()
+                continue
+            ticket._held.append(self.ram.pin(spans))
+            self._staged[spans[0].slot] += 1
+        self._pump()
+
+    def _close_ticket(self, ticket: Ticket) -> None:
+        ticket._targets.clear()
+        for lease in ticket._held:
+            self._staged[lease.slots[0]] -= 1
+            if not self._staged[lease.slots[0]]:
+                del self._staged[lease.slots[0]]
+            lease.release()
+        ticket._held.clear()
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+        self._pump()
+
+
+def _found_below(
+    tier: Tier, namespace: Namespace, keys: Sequence[Key], have: int, chunk_steps: int
+) -> list[int]:
+    """Ends, in steps, of the chunks `tier` holds in an unbroken run from step `have` on; whole
+    ones, then one tail.
+
+    The part that RAM holds is probed as well: a tier keeps what is in use.
+    """
+    first = have // chunk_steps
+    names = [
+        namespace.fold(keys[i + chunk_steps - 1])
+        for i in range(0, len(keys) - chunk_steps + 1, chunk_steps)
+    ]
+    tier.probe(names[:first])
+    run = first + tier.probe(names[first:])
+    ends = [(i + 1) * chunk_steps for i in range(first, run)]
+    begin = run * chunk_steps
+    for end in range(min(len(keys), begin + chunk_steps - 1), max(begin, have), -1):
+        if tier.probe([namespace.fold(keys[end - 1])]):
+            return [*ends, end]
+    return ends
+
+
+def _read_verified(
+    tier: Tier, slot: memoryview, namespace: Namespace, layout: KVLayout, key: Key, steps: int
+) -> tuple[Key, ...] | str:
+    """Read the chunk whose step number `steps` is `key` into `slot`: its step keys, or why it is a
+    miss.
+    """
+    name = namespace.fold(key)
+    size = tier.read(name, slot)
+    if size == 0:
+        return "absent"
+    try:
+        return verify(slot, size, namespace, key, steps, layout)
+    except Damaged as damaged:
+        if damaged.cause != "version":  # a newer lmc may still want that one
+            tier.forget(name)
+        return damaged.cause

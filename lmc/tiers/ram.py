@@ -1,0 +1,405 @@
+"""The RAM tier: which chunk sits in which slot, who holds it, what may go. Owned by one thread;
+nothing here locks.
+
+    free -> writing (a WriteLease) -> idle (in the LRU) <-> pinned (ReadLeases)
+                  |                        |                    |
+                  '--- abort ---> free <--- evicted       doomed: replaced or outdated while
+                                                          held, unseen, free when released
+
+Only idle slots are evicted, coldest first, and never one whose child is here. A chunk is seen only
+after its lease commits. The index knows every step inside a chunk, so a sequence that diverges or
+ends in mid-chunk still hits. State lives in arrays by slot and a dict from key to slot: nothing
+here feeds the garbage collector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from ..keys import KEY_BYTES, Key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .arena import Arena
+
+NOBODY = -1
+_MAX_LOOKS = 64
+
+
+class State(IntEnum):
+    FREE, WRITING, READY, DOOMED = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What a chunk or tail holds: the keys of its steps from the chunk's beginning, and where it
+    belongs.
+
+    The last key names it. `parent` is the key of the whole chunk before, None at the start of a
+    sequence.
+    """
+
+    keys: tuple[Key, ...]
+    parent: Key | None
+
+    @property
+    def key(self) -> Key:
+        return self.keys[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of steps inside one slot: `steps` of them from `first`, of `total` that the slot
+    holds.
+    """
+
+    slot: int
+    first: int
+    steps: int
+    total: int
+
+
+class _Lease:
+    """Slots in use. Given back exactly once; one that is forgotten is a ResourceWarning."""
+
+    def __init__(self, ram: RamTier, slots: Sequence[int]) -> None:
+        self.slots = tuple(slots)
+        self._ram = ram
+        self._held = bool(slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def _give_back(self) -> None:
+        if self.slots and not self._held:
+            raise RuntimeError("lease given back twice")
+        self._held = False
+
+    def __del__(self) -> None:
+        if self._held:
+            warnings.warn(
+                f"{type(self).__name__} of {len(self)} slots never given back",
+                ResourceWarning,
+                stacklevel=1,
+            )
+
+
+class ReadLease(_Lease):
+    """Chunks that stay where they are and as they are until `release`."""
+
+    def __init__(self, ram: RamTier, spans: Sequence[Span]) -> None:
+        super().__init__(ram, [span.slot for span in spans])
+        self.spans = tuple(spans)
+
+    @property
+    def steps(self) -> int:
+        return sum(span.steps for span in self.spans)
+
+    def release(self) -> None:
+        self._give_back()
+        self._ram._unpin(self.slots)
+
+    def __enter__(self) -> ReadLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class WriteLease(_Lease):
+    """Slots only the holder can see. `commit` publishes them, `abort` forgets them."""
+
+    def __init__(self, ram: RamTier, chunks: Sequence[Chunk], slots: Sequence[int]) -> None:
+        super().__init__(ram, slots)
+        self.chunks = tuple(chunks)
+        self.on_commit: Callable[[Sequence[int]], None] | None = None
+        self._epoch = ram.epoch
+
+    def commit(self, chunks: Sequence[Chunk] | None = None) -> None:
+        """Publish every chunk (as `chunks` where what arrived is longer than what was asked
+        for).
+        """
+        self._give_back()
+        if self._epoch != self._ram.epoch:  # the weights changed meanwhile
+            self._ram._forget(self.slots)
+            return
+        kept = self._ram._publish(self.chunks if chunks is None else chunks, self.slots)
+        if kept and self.on_commit:
+            self.on_commit(kept)
+
+    def abort(self) -> None:
+        self._give_back()
+        self._ram._forget(self.slots)
+
+
+class RamTier:
+    """The index over an arena whose slots hold chunks of up to `chunk_steps` steps."""
+
+    def __init__(self, arena: Arena, chunk_steps: int) -> None:
+        n = arena.num_slots
+        self.arena = arena
+        self.epoch = 0
+        self.evictions = 0
+        self._chunk_steps = chunk_steps
+        self._free = list(range(n - 1, -1, -1))
+        self._index: dict[Key, int] = {}  # every step of every ready chunk
+        self._writing: dict[Key, int] = {}  # chunks reserved, by their own key
+        self._orphans: dict[
+            Key, list[int]
+        ] = {}  # ready chunks whose parent is not here, by the parent's key
+        self._lru: OrderedDict[int, None] = OrderedDict()  # idle slots, coldest first
+        self._state = bytearray(n)
+        self._pins = array("q", bytes(8 * n))
+        self._parent = array("q", [NOBODY]) * n
+        self._children = array("q", bytes(8 * n))
+        self._keys: list[bytes] = [b""] * n  # a chunk's step keys, joined
+        self._parent_key: list[Key | None] = [None] * n
+
+    # --- finding
+
+    def find(self, keys: Sequence[Key], start: int = 0) -> list[Span]:
+        """Spans that hold the leading run of `keys`, which are the steps from absolute step `start`
+        on.
+        """
+        spans: list[Span] = []
+        index, whole = self._index, self._chunk_steps
+        at, end = start, start + len(keys)
+        while at < end:
+            stop = at - at % whole + whole
+            slot = index.get(keys[stop - 1 - start]) if stop <= end else None
+            if slot is None:  # no whole chunk: the longest run of steps that begins one
+                for last in range(min(stop - 1, end), at, -1):
+                    slot = index.get(keys[last - 1 - start])
+                    if slot is not None:
+                        spans.append(self._span(slot, at, last))
+                        break
+                break
+            spans.append(self._span(slot, at, stop))
+            at = stop
+        return spans
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether a ready chunk holds the step that `key` names."""
+        return key in self._index
+
+    def joined_keys(self, slot: int) -> bytes:
+        """The step keys of the chunk in `slot`, joined."""
+        return self._keys[slot]
+
+    def touch(self, spans: Sequence[Span]) -> None:
+        """Make a chain the hottest, its beginning hottest of all."""
+        for span in reversed(spans):
+            if span.slot in self._lru:
+                self._lru.move_to_end(span.slot)
+
+    def pin(self, spans: Sequence[Span]) -> ReadLease:
+        """Hold what `find` just answered."""
+        for span in spans:
+            self._pins[span.slot] += 1
+            self._lru.pop(span.slot, None)
+        return ReadLease(self, spans)
+
+    def pin_slots(self, slots: Sequence[int]) -> ReadLease:
+        """Hold whole slots."""
+        return self.pin(
+            [Span(slot, 0, n, n) for slot in slots for n in [len(self._keys[slot]) // KEY_BYTES]]
+        )
+
+    # --- storing
+
+    def reserve(self, chunks: Sequence[Chunk]) -> WriteLease:
+        """Slots for the chunks of one chain that RAM lacks, as many as fit, from the first on.
+        Never waits.
+        """
+        taken: list[Chunk] = []
+        slots: list[int] = []
+        for chunk in chunks:
+            if chunk.key in self._index or chunk.key in self._writing:
+                continue
+            slot = self._take(chunk.parent)
+            if slot is None:
+                break
+            self._state[slot] = State.WRITING
+            self._keys[slot] = chunk.key
+            self._writing[chunk.key] = slot
+            taken.append(chunk)
+            slots.append(slot)
+        return WriteLease(self, taken, slots)
+
+    def clear(self) -> None:
+        """Forget everything: nothing stored so far is found again, and what is being written will
+        not be.
+        """
+        self.epoch += 1
+        ready = set(self._index.values())
+        for table in (self._index, self._orphans, self._lru):
+            table.clear()
+        for slot in ready:
+            self._parent[slot], self._children[slot] = NOBODY, 0
+            self._leave(slot)
+
+    # --- accounting
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._lru)
+
+    def live_steps(self) -> int:
+        """Steps held by ready chunks."""
+        return sum(len(self._keys[slot]) // KEY_BYTES for slot in set(self._index.values()))
+
+    def check(self) -> None:
+        """Assert every invariant above. For tests and idle moments."""
+        by_state: dict[int, list[int]] = {state: [] for state in State}
+        for slot, state in enumerate(self._state):
+            by_state[state].append(slot)
+        assert sorted(self._free) == by_state[State.FREE], "the free list is not the free slots"
+        assert sorted(self._writing.values()) == by_state[State.WRITING], "a reserved slot was lost"
+        assert set(self._index.values()) == set(by_state[State.READY]), (
+            "ready slots and index differ"
+        )
+        idle = {slot for slot in by_state[State.READY] if not self._pins[slot]}
+        assert idle == set(self._lru), "the LRU is not the ready, unpinned slots"
+        assert all(self._pins[slot] > 0 for slot in by_state[State.DOOMED]), (
+            "a doomed slot nobody holds"
+        )
+        assert not any(self._pins[slot] for slot in by_state[State.FREE] + by_state[State.WRITING])
+        children = [0] * self.arena.num_slots
+        for slot in by_state[State.READY]:
+            if (parent := self._parent[slot]) != NOBODY:
+                children[parent] += 1
+                assert self._state[parent] == State.READY, "a parent went before its child"
+        assert children == list(self._children), "children miscounted"
+
+    # --- inside
+
+    def _span(self, slot: int, at: int, stop: int) -> Span:
+        first = at % self._chunk_steps
+        return Span(slot, first, stop - at, len(self._keys[slot]) // KEY_BYTES)
+
+    def _take(self, parent: Key | None) -> int | None:
+        """A free slot, evicting the coldest leaf if need be, but never the chain that is being
+        extended.
+
+        Looks at no more than a few dozen slots, so a reservation stays cheap however much of RAM is
+        held.
+        """
+        if self._free:
+            return self._free.pop()
+        for _ in range(_MAX_LOOKS):
+            slot = next(iter(self._lru), None)
+            if slot is None or (parent is not None and self._index.get(parent) == slot):
+                return None
+            if self._children[slot]:  # its child is pinned, or hotter than it: so is the chain
+                self._lru.move_to_end(slot)
+                continue
+            self.evictions += 1
+            self._drop(slot)
+            return self._free.pop()
+        return None
+
+    def _publish(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> list[int]:
+        """Show reserved slots; returns those that stay (one that a longer chunk already covers does
+        not).
+        """
+        kept: list[int] = []
+        for chunk, slot in zip(chunks, slots, strict=True):
+            del self._writing[Key(self._keys[slot])]
+            if chunk.key in self._index:
+                self._release(slot)
+            else:
+                self._insert(chunk, slot)
+                kept.append(slot)
+        if kept:
+            self._heat(kept[-1])
+        return kept
+
+    def _insert(self, chunk: Chunk, slot: int) -> None:
+        index = self._index
+        for steps, key in enumerate(chunk.keys, 1):
+            old = index.get(key)
+            index[key] = slot
+            if old is not None and len(self._keys[old]) == steps * KEY_BYTES:
+                self._drop(old)  # a tail that ends here: its steps are in this chunk too
+        self._state[slot] = State.READY
+        self._keys[slot] = b"".join(chunk.keys)
+        self._parent_key[slot] = chunk.parent
+        self._lru[slot] = None
+        if chunk.parent is not None:
+            parent = index.get(chunk.parent, NOBODY)
+            self._parent[slot] = parent
+            if parent == NOBODY:
+                self._orphans.setdefault(chunk.parent, []).append(slot)
+            else:
+                self._children[parent] += 1
+        for child in self._orphans.pop(chunk.key, ()):
+            self._parent[child] = slot
+            self._children[slot] += 1
+
+    def _heat(self, slot: int) -> None:
+        """A chain that grew is hot as a whole: its leaf first, so that its beginning goes last."""
+        while slot != NOBODY:
+            if slot in self._lru:
+                self._lru.move_to_end(slot)
+            slot = self._parent[slot]
+
+    def _drop(self, slot: int) -> None:
+        """Take a ready leaf out of the index; its memory goes now, or when its last reader has
+        left.
+        """
+        joined = self._keys[slot]
+        for i in range(0, len(joined), KEY_BYTES):
+            key = Key(joined[i : i + KEY_BYTES])
+            if self._index.get(key) == slot:
+                del self._index[key]
+        parent, parent_key = self._parent[slot], self._parent_key[slot]
+        if parent != NOBODY:
+            self._children[parent] -= 1
+            self._parent[slot] = NOBODY
+        elif parent_key is not None:
+            self._disown(parent_key, slot)
+        self._lru.pop(slot, None)
+        self._leave(slot)
+
+    def _disown(self, parent_key: Key, slot: int) -> None:
+        orphans = self._orphans[parent_key]
+        orphans.remove(slot)
+        if not orphans:
+            del self._orphans[parent_key]
+
+    def _leave(self, slot: int) -> None:
+        if self._pins[slot]:
+            self._state[slot] = State.DOOMED
+        else:
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        self._state[slot] = State.FREE
+        self._keys[slot] = b""
+        self._parent_key[slot] = None
+        self._free.append(slot)
+
+    def _forget(self, slots: Sequence[int]) -> None:
+        """Reserved slots that hold nothing worth showing."""
+        for slot in slots:
+            del self._writing[Key(self._keys[slot])]
+            self._release(slot)
+
+    def _unpin(self, slots: Sequence[int]) -> None:
+        for slot in reversed(slots):
+            self._pins[slot] -= 1
+            if self._pins[slot] == 0:
+                if self._state[slot] == State.DOOMED:
+                    self._release(slot)
+                else:
+                    self._lru[slot] = None
