@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All checks and all tests, from a clean clone, with nothing to answer. Stops at the first stage that fails.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$ROOT"
+
+bash ci/check.sh
+
+use_env dev
+say "tests without an engine"
+"$PY" -m pytest
+
+use_env sglang
+say "models for the engine tests"
+"$PY" tests/engines/models.py tiny-llama
+say "tests inside SGLang, and against real SGLang servers"
+"$PY" -m pytest -m "not slow and not gpu" tests/integrations tests/engines
