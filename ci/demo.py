@@ -122,8 +122,10 @@ class Demo:
             server.drain()
         with self.server("again, on the same folder", lmc=True) as server:
             self.ask_all(server, "after_restart")
+            server.kill()  # at once: nothing in it is needed any more
         with self.server("without lmc", lmc=False) as server:
             self.ask_all(server, "off")
+            server.kill()
 
     @contextlib.contextmanager
     def server(self, what: str, *, lmc: bool) -> Iterator[Server]:
@@ -316,6 +318,11 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def prepare(out: Path) -> None:
+    if bad := sorted(set(str(out)) & set(",?#")):
+        raise DemoError(
+            f"{out} has {bad[0]!r} in its path, which LMC_TIERS cannot name: "
+            f"name another folder with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / ".gitignore").write_text("*\n")
     free_gb = shutil.disk_usage(out).free / 2**30

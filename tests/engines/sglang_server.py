@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -101,7 +101,7 @@ class Server:
         while time.monotonic() < deadline:
             self.check_alive()
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.request("GET", "/health_generate", timeout_s=30.0)[0] == 200:
+                if self.request("GET", "/server_info", timeout_s=30.0)[0] == 200:
                     return
             time.sleep(0.5)
         raise ServerError(f"the server was not ready after {READY_S:.0f} s; {self.log_tail()}")
@@ -136,7 +136,7 @@ class Server:
 
     def stream(
         self, prompt: Sequence[int], num_tokens: int, **options: Any
-    ) -> Iterator[tuple[float, dict[str, Any]]]:
+    ) -> Generator[tuple[float, dict[str, Any]]]:
         """Seconds to the first token and the answer so far; closing it aborts the request."""
         sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
         body = {"input_ids": list(prompt), "sampling_params": sampling, "stream": True, **options}
