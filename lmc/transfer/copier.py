@@ -43,6 +43,10 @@ class Job:
             return CancelledError()
         return self._future.exception()
 
+    def when_done(self, call: Callable[[BaseException | None], None]) -> None:
+        """Call `call(error)` once it is over: at once, or later on the worker's thread."""
+        self._future.add_done_callback(lambda _: call(self.error))
+
     def cancel(self) -> bool:
         """True when the job had not started and never will; False when it runs or is done."""
         return self._future.cancel()

@@ -1,0 +1,232 @@
+"""All that lmc knows about SGLang's insides: the names it rests on, hooked, wrapped and checked in
+one place.
+
+Tested with TESTED. `check` compares what is installed with what is written here and names every
+difference, so a new release that moved something is refused at start with a list, not met in the
+middle of a request.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Protocol
+
+log = logging.getLogger("lmc")
+
+TESTED = ("0.5.23",)
+
+WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
+_WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+EXCLUSIVE_FLAGS = {
+    "--enable-unified-memory": "enable_unified_memory",
+    "--enable-kv-cache-sharding": "enable_kv_cache_sharding",
+}
+"""Features that raise beside an external linker: flag -> field of the server arguments."""
+
+LINKER_METHODS = frozenset(
+    {
+        "lookup",
+        "load",
+        "start_layer_wise_loading",
+        "finish_layer_wise_loading",
+        "cancel_queued_load",
+        "offload",
+        "num_completed_offloads",
+        "pop_completed_offload",
+        "reset",
+        "close",
+    }
+)
+
+SIGNATURES = {
+    f"{WRAPPER}.match": ("self", "key", "req", "result"),
+    f"{WRAPPER}._offload_node": ("self", "node_id", "transfers"),
+    f"{WRAPPER}.release_request": ("self", "rid"),
+    f"{_SCHEDULER}._prefetch_kvcache": ("self", "req", "storage_hit_end"),
+    f"{_STATE}.get_internal_state": ("self", "recv_req"),
+    f"{_WEIGHTS}.update_weights_from_disk": None,
+    f"{_WEIGHTS}.load_weights_from_distributed": None,
+    f"{_WEIGHTS}.update_weights_from_tensor": None,
+    f"{_WEIGHTS}.update_weights_from_ipc": None,
+    f"{_WEIGHTS}.begin_weight_update": None,
+    f"{_WEIGHTS}.end_weight_update": None,
+    "sglang.srt.mem_cache.utils.get_storage_hash_str": ("key", "prior_hash", "page_size"),
+}
+"""What is hooked or called, with the parameters it must have (None: any)."""
+
+TREE_METHODS = ("collect_path_info", "get_hash_values")
+WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEIGHTS))
+
+Declare = Callable[..., None]
+Resolver = Callable[[Any, Declare], None]
+
+
+class Listener(Protocol):
+    """What a linker wants to hear of."""
+
+    def match_begins(self, device_pages: int) -> None: ...
+    def offload_begins(self, cache: Any, node_id: int) -> None: ...
+    def request_arrived(self, req: Any) -> None: ...
+    def request_aborted(self, rid: str) -> None: ...
+    def weights_changed(self) -> None: ...
+    def snapshot(self) -> dict[str, float]: ...
+
+
+_listener: Listener | None = None
+_hooked = False
+
+
+def check() -> None:
+    """Raise RuntimeError that names every difference between this SGLang and what lmc was written
+    for.
+    """
+    from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import (
+        UnifiedTreeCoreInterface,
+    )
+
+    wrong = [
+        f"linker method {name}" for name in UnifiedCacheLinker.__abstractmethods__ ^ LINKER_METHODS
+    ]
+    wrong += [
+        f"tree method {name}"
+        for name in TREE_METHODS
+        if not hasattr(UnifiedTreeCoreInterface, name)
+    ]
+    for target, expected in SIGNATURES.items():
+        try:
+            found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
+        except (ImportError, AttributeError):
+            wrong.append(f"{target} is gone")
+            continue
+        if expected is not None and found != expected:
+            wrong.append(f"{target}({', '.join(found)})")
+    version = importlib.metadata.version("sglang")
+    if wrong:
+        raise RuntimeError(
+            f"sglang {version} is not the one lmc knows ({', '.join(TESTED)}); what differs: "
+            + "; ".join(sorted(wrong))
+        )
+    if version not in TESTED:
+        log.warning(
+            "sglang %s: lmc was tested with %s; nothing lmc rests on differs",
+            version,
+            ", ".join(TESTED),
+        )
+
+
+def on_resolution(page_size: Resolver, linker: Resolver) -> None:
+    """Let `page_size` and `linker` declare arguments while SGLang resolves them: `fn(arguments so
+    far, declare)`.
+    """
+    # The last step before SGLang gives an unset page size its default; the one that settles the
+    # caches.
+    _wrap_step("handle_mxfp8_kv_cache_compatibility", page_size, after=True)
+    _wrap_step("handle_hicache", linker, after=False)
+
+
+def _wrap_step(step: str, resolver: Resolver, *, after: bool) -> None:
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    @register_resolution_hook(step)  # type: ignore[untyped-decorator]
+    def wrapped(server_args: Any, previous: Callable[[Any], None]) -> None:
+        def declare(**fields: Any) -> None:
+            declare_resolution(server_args, "lmc", **fields)
+
+        if after:
+            previous(server_args)
+        resolver(resolving_view(server_args), declare)
+        if not after:
+            previous(server_args)
+
+
+def is_mamba_hybrid(args: Any) -> bool:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model_config_of(args)) is not None
+
+
+def listen(listener: Listener) -> None:
+    """Hook this process, once, and dispatch to `listener` from now on. Raises RuntimeError if a
+    hook did not take.
+    """
+    global _listener, _hooked
+    _listener = listener
+    if _hooked:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    hooks = {
+        f"{WRAPPER}.match": _on_match,
+        f"{WRAPPER}._offload_node": _on_offload,
+        f"{WRAPPER}.release_request": _on_release,
+        f"{_SCHEDULER}._prefetch_kvcache": _on_arrival,
+        f"{_STATE}.get_internal_state": _on_internal_state,
+        **dict.fromkeys(WEIGHT_CHANGES, _on_weights),
+    }
+    before = {target: pkgutil.resolve_name(target) for target in hooks}
+    for target, hook in hooks.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    lost = [target for target in hooks if pkgutil.resolve_name(target) is before[target]]
+    if lost:
+        raise RuntimeError(
+            f"another plugin hooked these first, and SGLang ignored ours: {', '.join(lost)}"
+        )
+    _hooked = True
+
+
+def stop_listening(listener: Listener) -> None:
+    global _listener
+    if _listener is listener:
+        _listener = None
+
+
+# Hooks call the original exactly once whatever happens: it holds SGLang's reductions over ranks.
+
+
+def _on_match(orig: Any, wrapper: Any, key: Any, req: Any, result: Any) -> Any:
+    if _listener is not None:
+        _listener.match_begins(result.device_prefix_len // wrapper.cache.page_size)
+    return orig(wrapper, key, req, result)
+
+
+def _on_offload(orig: Any, wrapper: Any, node_id: int, transfers: Any) -> Any:
+    if _listener is not None:
+        _listener.offload_begins(wrapper.cache, node_id)
+    return orig(wrapper, node_id, transfers)
+
+
+def _on_release(orig: Any, wrapper: Any, rid: str) -> Any:
+    result = orig(wrapper, rid)
+    if _listener is not None:
+        _listener.request_aborted(rid)
+    return result
+
+
+def _on_arrival(orig: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    if _listener is not None:
+        _listener.request_arrived(req)
+    return orig(scheduler, req, *args, **kwargs)
+
+
+def _on_weights(orig: Any, *args: Any, **kwargs: Any) -> Any:
+    if _listener is not None:
+        _listener.weights_changed()
+    return orig(*args, **kwargs)
+
+
+def _on_internal_state(orig: Any, *args: Any, **kwargs: Any) -> Any:
+    output = orig(*args, **kwargs)
+    if _listener is not None:
+        output.internal_state["lmc"] = _listener.snapshot()
+    return output

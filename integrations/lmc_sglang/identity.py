@@ -1,0 +1,113 @@
+"""Who this rank is: the namespace of its chunks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmc.keys import Namespace
+from lmc.weights import fingerprint
+
+if TYPE_CHECKING:
+    from lmc.config import Config
+    from lmc.layout import KVLayout
+
+    from .pools import DevicePool
+
+log = logging.getLogger("lmc")
+
+HASHING = "sglang-sha256-chain-v1"
+_RANDOM_WEIGHTS = ("dummy",)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Position among the ranks that share a request: `rank` of `size` holds a part of the heads."""
+
+    rank: int
+    size: int
+    agreeing: int
+    """Ranks that must answer alike."""
+    on_this_machine: int
+    """Ranks that share this machine's memory."""
+
+    @classmethod
+    def of(cls, server_args: Any, params: Any) -> Ranks:
+        """Raises ValueError for topologies whose ranks SGLang does not let agree."""
+        if params.pp_size > 1:
+            raise ValueError(
+                f"lmc does not serve pipeline parallelism (pp_size={params.pp_size}): "
+                "SGLang does not let pipeline stages agree on what was found"
+            )
+        if params.attn_cp_size > 1:
+            raise ValueError(
+                f"lmc does not serve context parallelism (attn_cp_size={params.attn_cp_size})"
+            )
+        group = params.attn_tp_cache_group or params.tp_cache_group
+        rank, size = (
+            (torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
+            if group
+            else (0, 1)
+        )
+        return cls(rank, size, size, max(1, server_args.tp_size // server_args.nnodes))
+
+
+def namespace_of(
+    server_args: Any, config: Config, pool: DevicePool, layout: KVLayout, ranks: Ranks
+) -> Namespace:
+    """Everything that changes the bytes of this rank's chunks, apart from the tokens."""
+    weights = _weights(server_args, config)
+    namespace = Namespace.of(
+        {
+            "engine": "sglang",
+            "hashing": HASHING,
+            "weights": weights or "unknown",
+            "dtype": str(server_args.dtype),
+            "quantization": str(server_args.quantization),
+            "model_override_args": str(server_args.json_model_override_args),
+            "rank": f"{ranks.rank}/{ranks.size}",
+            "salt": config.salt,
+            **pool.fields,
+            **layout.describe(),
+        }
+    )
+    if weights:
+        return namespace
+    log.warning(
+        "lmc cannot tell the weights of %s apart from others: chunks stay in this process. "
+        "LMC_MODEL_VERSION=<name of the weights> lets them outlive it",
+        server_args.model_path,
+    )
+    return namespace.next_generation()
+
+
+def _weights(server_args: Any, config: Config) -> str:
+    """A name for the weights: the user's, or a digest of the files; "" if neither is to be had."""
+    if config.model_version:
+        return f"named:{config.model_version}"
+    if server_args.load_format in _RANDOM_WEIGHTS:
+        return ""
+    try:
+        return f"digest:{fingerprint(_model_folder(server_args))}"
+    except OSError as error:
+        log.info("no digest of the weights: %s", error)
+        return ""
+
+
+def _model_folder(server_args: Any) -> Path:
+    """Where the weights lie on this machine. Raises FileNotFoundError."""
+    path = server_args.model_path
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=server_args.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{path} is neither a folder nor in the local hub cache") from error

@@ -1,0 +1,436 @@
+"""The linker between SGLang's radix cache and lmc's store. Owned by the scheduler thread of one
+rank.
+
+SGLang keeps tree, admission, slots, locks and the agreement of ranks. It asks in pages, by chained
+page digests, and counts from the first page that is not on the device; lmc answers in steps at
+absolute positions. Hooks (compat.py) say where a match or a node begins, which requests arrive, and
+when weights change.
+
+    arrival  -> stage                                      chunks start on their way up
+    lookup   -> pin until the end of the scheduling pass   what is promised stays in RAM
+    load     -> the pin is the request's                   the forward waits layer by layer
+    offload  -> reserve, copy in the background, commit    always accepted, completed in order
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    LayerWiseLoadCounter,
+    UnifiedCacheLinker,
+)
+from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+from lmc.config import Config
+from lmc.keys import Key
+from lmc.layout import KVLayout
+from lmc.store import Ticket, TieredStore
+from lmc.tiers import open_tiers
+from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
+from lmc.transfer import Copier, Job, Piece, resolve
+
+from . import compat, pools
+from .identity import Ranks, namespace_of
+
+CLOSE_DRAIN_S = 60.0
+
+
+class StepKeys(Sequence[Key]):
+    """SGLang's hex digests of consecutive pages as keys of steps: every `stride`-th, decoded when
+    looked at.
+    """
+
+    def __init__(self, digests: Sequence[str], first: int = 0, stride: int = 1) -> None:
+        self._digests, self._at = digests, range(first, len(digests), stride)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    @overload
+    def __getitem__(self, i: int) -> Key: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Key]: ...
+    def __getitem__(self, i: int | slice) -> Key | Sequence[Key]:
+        if isinstance(i, slice):
+            return [Key(bytes.fromhex(self._digests[at])) for at in self._at[i]]
+        return Key(bytes.fromhex(self._digests[self._at[i]]))
+
+
+@dataclass(slots=True)
+class _Load:
+    """Pages of one request on their way to the device: promised (pinned), then queued, then
+    moving.
+    """
+
+    lease: ReadLease
+    first_page: int
+    page_ids: torch.Tensor | None = None
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Offload:
+    """One node on its way into RAM; `kept` is what SGLang is told when its turn comes."""
+
+    kept: bool
+    job: Job | None = None
+    lease: WriteLease | None = None
+
+
+class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
+    """See the module. Built by SGLang in every rank's scheduler process.
+
+    Raises ValueError for a setting, a pool or a topology it does not serve, RuntimeError for an
+    unknown SGLang.
+    """
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: Any,
+        extra_config: dict[str, Any],
+        forward_stream: Any = None,
+    ) -> None:
+        compat.check()
+        if extra_config:
+            raise ValueError(
+                f"LmcLinker takes no extra config, settings are LMC_*: {sorted(extra_config)}"
+            )
+        config = Config.from_env()
+        config.refuse_unknown()
+        ranks = Ranks.of(server_args, params)
+        pool = pools.describe(params, components)
+        self.forward_stream = forward_stream
+        self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
+        self.layer_done_counter = LayerWiseLoadCounter(pool.num_layers)
+        self._layout = KVLayout(params.page_size, config.chunk_tokens, pool.pages.page_bytes)
+        self._ranks = ranks
+        self._stage_wait_s = config.stage_wait_s
+        self._copier = Copier(pool.pages, resolve(config.kernels, pool.pages.device))
+        self._store = TieredStore(
+            self._layout,
+            namespace_of(server_args, config, pool, self._layout, ranks),
+            config.ram_bytes_of_rank(ranks.on_this_machine),
+            open_tiers(config),
+            io_threads=config.io_threads,
+            write_queue_bytes=config.write_queue_bytes,
+        )
+        self._device_pages = 0  # of the match that is under way
+        self._node: tuple[Any, int] | None = None  # whose offload is under way
+        self._wait_left_s = self._stage_wait_s  # of this scheduling pass
+        self._tickets: dict[str, Ticket] = {}
+        self._promised: dict[str, _Load] = {}  # answered in this pass, not yet asked for
+        self._queued: dict[str, _Load] = {}
+        self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
+        self._offloads: deque[_Offload] = deque()
+        self._stale_tree = False  # the device holds KV of weights that are no more
+        get_storage_hash_str(
+            RadixKey([0]), None, page_size=1
+        )  # builds SGLang's hash now, not in a request
+        compat.listen(self)
+
+    # --- what the hooks report
+
+    def match_begins(self, device_pages: int) -> None:
+        self._device_pages = device_pages
+
+    def offload_begins(self, cache: Any, node_id: int) -> None:
+        self._node = (cache, node_id)
+
+    def request_arrived(self, req: Any) -> None:
+        """Start bringing up the request's prefix; its chain is in use from now on, the device's
+        part of it too.
+        """
+        with self._store.stats.timed("scheduler.arrival"):
+            self._drop_ticket(req.rid)
+            page = self._layout.page_tokens
+            tokens = req.origin_input_ids
+            if req.output_ids:  # retracted: what it had generated comes back too
+                tokens = tokens + req.output_ids
+            num_tokens = (len(tokens) - 1) // page * page
+            if num_tokens > 0:
+                key = RadixKey(tokens, req.extra_key, limit=num_tokens, cache_salt=req.cache_salt)
+                digests = get_storage_hash_str(key, None, page_size=page)
+                self._tickets[req.rid] = self._store.stage(self._steps(digests, 0)[1])
+
+    def request_aborted(self, rid: str) -> None:
+        self._drop_ticket(rid)
+        self._break_promise(rid)
+
+    def weights_changed(self) -> None:
+        """Nothing stored is found again; the tree's KV is not kept until it was flushed."""
+        self._store.renew()
+        self._tickets.clear()
+        self._stale_tree = True
+
+    def snapshot(self) -> dict[str, float]:
+        return self._store.snapshot()
+
+    # --- from store to device
+
+    def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
+        started, waited = time.perf_counter(), 0.0
+        store, per_step = self._store, self._layout.step_pages
+        start, keys = self._steps(transfers[0].keys, self._device_pages)
+        if (
+            (ticket := self._tickets.get(rid)) is not None
+            and not ticket.done
+            and self._wait_left_s > 0
+        ):
+            waited = self._wait_for(ticket)
+        else:
+            store.poll()
+        self._break_promise(rid)
+        lease = store.acquire(keys, start)
+        num_pages = (start + lease.steps) * per_step - self._device_pages if lease else 0
+        if lease:
+            self._promised[rid] = _Load(lease, self._device_pages)
+        store.stats.spent("scheduler.lookup", time.perf_counter() - started - waited)
+        return self._lengths(num_pages)
+
+    def load(self, rid: str, transfers: list[Any]) -> bool:
+        with self._store.stats.timed("scheduler.load"):
+            load = self._promised.pop(rid, None)
+            if load is None:
+                return False
+            page = self._layout.page_tokens
+            page_ids = transfers[0].device_indices[::page] // page
+            load.page_ids = page_ids.to("cpu", torch.int64)
+            load.pieces.extend(self._pieces(load.lease.spans, load.first_page, len(page_ids)))
+            self._queued[rid] = load
+            self._drop_ticket(rid)
+            return True
+
+    def start_layer_wise_loading(self) -> int:
+        if not self._queued:
+            return -1
+        with self._store.stats.timed("scheduler.start_load"):
+            loads = list(self._queued.values())
+            self._queued.clear()
+            counter = self.layer_done_counter
+            index = int(counter.update_producer())
+            page_ids = torch.cat([load.page_ids for load in loads if load.page_ids is not None])
+            job = self._copier.load(
+                page_ids,
+                [piece for load in loads for piece in load.pieces],
+                lambda layer: counter.complete(index, layer),
+            )
+            job.when_done(lambda error: counter.fail(index, error) if error else None)
+            self._moving[index] = (job, loads)
+            self._store.stats.add("pages.loaded", len(page_ids))
+        return index
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        landed = bool(self.layer_done_counter.finish(counter_index))
+        if (moving := self._moving.pop(counter_index, None)) is not None:
+            job, loads = moving
+            job.wait()
+            for load in loads:
+                load.lease.release()
+            landed = landed and job.error is None
+        return landed
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        load = self._queued.pop(rid, None)
+        if load is not None:
+            load.lease.release()
+        return load is not None
+
+    # --- from device to store
+
+    def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
+        """Always accepted: what ranks count must not depend on what fits here."""
+        with self._store.stats.timed("scheduler.offload"):
+            node, self._node = self._node, None
+            if self._stale_tree or node is None:
+                self._offloads.append(_Offload(kept=True))
+                return True
+            cache, node_id = node
+            path = cache.tree_core.collect_path_info([node_id])[0]
+            chunks = list(self._chunks(cache.tree_core, path, transfers[0].keys))
+            lease = self._store.reserve([chunk for _, chunk in chunks])
+            present = all(
+                chunk.key in self._store.ram or chunk in lease.chunks for _, chunk in chunks
+            )
+            if not lease:
+                self._offloads.append(_Offload(kept=present))
+                return True
+            slots = cache.path_device_indices(node_id)
+            page_ids, pieces = self._sources(slots, chunks, lease)
+            self._offloads.append(_Offload(present, self._copier.store(page_ids, pieces), lease))
+            return True
+
+    def num_completed_offloads(self) -> int:
+        """SGLang asks once a scheduler step, before it looks anything up: a new scheduling pass."""
+        with self._store.stats.timed("scheduler.step"):
+            self._wait_left_s = self._stage_wait_s
+            for rid in list(self._promised):
+                self._break_promise(rid)
+            self._store.poll()
+            done = 0
+            for offload in self._offloads:
+                if offload.job is not None and not offload.job.done():
+                    break
+                self._settle(offload)
+                done += 1
+            return done
+
+    def pop_completed_offload(self) -> bool:
+        return self._offloads.popleft().kept
+
+    # --- life
+
+    def reset(self) -> None:
+        """SGLang flushed its tree: copies end, promises go, what is stored stays."""
+        self._quiesce()
+        self.layer_done_counter.reset()
+        self._stale_tree = False
+
+    def close(self) -> None:
+        compat.stop_listening(self)
+        self._quiesce()
+        for rid in list(self._tickets):
+            self._drop_ticket(rid)
+        self._copier.close()
+        self._store.close(CLOSE_DRAIN_S)
+
+    # --- inside
+
+    def _break_promise(self, rid: str) -> None:
+        if (load := self._promised.pop(rid, None)) is not None:
+            load.lease.release()
+
+    def _steps(self, digests: Sequence[str], first_page: int) -> tuple[int, StepKeys]:
+        """Absolute step of the first key, and keys of the steps that end in these pages."""
+        per_step = self._layout.step_pages
+        step = first_page // per_step
+        return step, StepKeys(digests, (step + 1) * per_step - 1 - first_page, per_step)
+
+    def _wait_for(self, ticket: Ticket) -> float:
+        started = time.perf_counter()
+        self._store.settle(ticket, self._wait_left_s)
+        waited = time.perf_counter() - started
+        self._wait_left_s -= waited
+        self._store.stats.spent("scheduler.waited", waited)
+        return waited
+
+    def _lengths(self, num_pages: int) -> list[int]:
+        """Restorable lengths in pages. A single rank needs the longest only; several must find a
+        common one, for which chunk boundaries do beside the steps of the last chunk.
+        """
+        if not num_pages:
+            return []
+        if self._ranks.agreeing == 1:
+            return [num_pages]
+        begin = self._device_pages
+        chunk, step = self._layout.chunk_pages, self._layout.step_pages
+        ends = set(range(begin - begin % chunk + chunk, begin + num_pages, chunk))
+        last = (begin + num_pages - 1) // chunk * chunk
+        ends.update(range(last + step, begin + num_pages, step), [begin + num_pages])
+        return sorted(end - begin for end in ends if end > begin)
+
+    def _pieces(self, spans: Sequence[Span], first_page: int, num_pages: int) -> Iterator[Piece]:
+        """Where in RAM the `num_pages` pages from absolute page `first_page` on lie."""
+        per_step, chunk = self._layout.step_pages, self._layout.chunk_pages
+        at, end = first_page, first_page + num_pages
+        for span in spans:
+            begin = at - at % chunk
+            stop = min(end, begin + (span.first + span.steps) * per_step)
+            yield Piece(
+                self._store.arena.address(span.slot), span.total * per_step, at - begin, stop - at
+            )
+            at = stop
+            if at == end:
+                return
+
+    def _chunks(self, tree: Any, path: Any, digests: Sequence[str]) -> Iterator[tuple[int, Chunk]]:
+        """The chunks and the tail that a node completes, each with its absolute number.
+
+        A chunk begun in ancestor nodes is named whole; its first steps' digests are the ancestors'.
+        """
+        layout = self._layout
+        first = path[-1].path_start // layout.page_tokens
+        begin = first - first % layout.chunk_pages
+        low = max(0, begin - 1)  # the page before a chunk names its parent
+        digests = [*_digests_between(tree, path[:-1], layout.page_tokens, low, first), *digests]
+        parent = Key(bytes.fromhex(digests[0])) if begin else None
+        start, steps = self._steps(digests[begin - low :], begin)
+        keys, per_chunk = steps[:], layout.chunk_steps
+        for i in range(0, len(keys), per_chunk):
+            chunk = Chunk(tuple(keys[i : i + per_chunk]), parent)
+            yield (start + i) // per_chunk, chunk
+            parent = chunk.key
+
+    def _sources(
+        self, slots: torch.Tensor, chunks: Sequence[tuple[int, Chunk]], lease: WriteLease
+    ) -> tuple[torch.Tensor, list[Piece]]:
+        """Pages to gather, and the slots in RAM they go to."""
+        layout, number = self._layout, {chunk.key: n for n, chunk in chunks}
+        page_ids, pieces = [], []
+        for chunk, slot in zip(lease.chunks, lease.slots, strict=True):
+            begin, num_pages = (
+                number[chunk.key] * layout.chunk_tokens,
+                len(chunk.keys) * layout.step_pages,
+            )
+            page_ids.append(
+                slots[begin : begin + num_pages * layout.page_tokens : layout.page_tokens]
+            )
+            pieces.append(Piece(self._store.arena.address(slot), num_pages, 0, num_pages))
+        ids = torch.cat(page_ids) // layout.page_tokens
+        return ids.to("cpu", torch.int64), pieces
+
+    def _settle(self, offload: _Offload) -> None:
+        """The copy of an offload is over: show it, or forget it."""
+        if offload.lease is None or offload.job is None:
+            return
+        lease, error = offload.lease, offload.job.error
+        offload.lease = offload.job = None
+        if error is None and not self._stale_tree:
+            lease.commit()
+        else:
+            lease.abort()
+            offload.kept = offload.kept and error is None
+            self._store.stats.add("offload.lost")
+
+    def _quiesce(self) -> None:
+        """Wait for every copy that touches device pages and give back all that was held for
+        requests.
+        """
+        for index in list(self._moving):
+            job, loads = self._moving.pop(index)
+            job.wait()
+            for load in loads:
+                load.lease.release()
+        for held in (self._promised, self._queued):
+            for load in held.values():
+                load.lease.release()
+            held.clear()
+        for offload in self._offloads:
+            if offload.job is not None:
+                offload.job.wait()
+            self._settle(offload)
+        self._offloads.clear()
+
+    def _drop_ticket(self, rid: str) -> None:
+        if (ticket := self._tickets.pop(rid, None)) is not None:
+            ticket.close()
+
+
+def _digests_between(tree: Any, ancestors: Any, page_tokens: int, low: int, high: int) -> list[str]:
+    """Digests of the absolute pages `low` to `high`, which lie in `ancestors` (root first)."""
+    digests: list[str] = []
+    for info in reversed(ancestors):
+        if info.path_end // page_tokens <= low or high <= low:
+            break
+        digests = [*tree.get_hash_values(info.node_id), *digests]
+    return digests[len(digests) - (high - low) :] if high > low else []

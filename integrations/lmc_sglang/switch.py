@@ -1,0 +1,89 @@
+"""Switches lmc on in the launching process: SGLang's own resolution hooks declare the linker, no
+patch.
+
+What is declared travels to the scheduler processes with SGLang's arguments. Where another feature
+takes the place of the linker nothing is declared and one line says why. `page_size` becomes 64 only
+where neither the user nor a backend has chosen one: pages of one token cost SGLang and lmc 64 times
+the hashing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from lmc.config import Config
+
+from . import compat
+
+log = logging.getLogger("lmc")
+
+PAGE_TOKENS = 64
+LINKER = {
+    "linker": "LmcLinker",
+    "linker_module_path": "lmc_sglang.linker",
+    "linker_extra_config": {},
+}
+
+_on = False
+
+
+def switch_on() -> None:
+    """Declare lmc for every engine that this process launches from now on. LMC_ENABLE=0 wins; a
+    second call is void.
+    """
+    global _on
+    if _on:
+        return
+    _on = True
+    if "LMC_ENABLE" in os.environ and not Config.from_env().enable:
+        log.info("lmc stays off: LMC_ENABLE=%s", os.environ["LMC_ENABLE"])
+        return
+    compat.on_resolution(page_size=_declare_page_size, linker=_declare_linker)
+
+
+def _declare_page_size(args: Any, declare: compat.Declare) -> None:
+    """Runs after every backend had its say and before SGLang's default of one token."""
+    if args.page_size is None and not _taken(args) and not _forbids_paging(args):
+        declare(page_size=PAGE_TOKENS)
+
+
+def _declare_linker(args: Any, declare: compat.Declare) -> None:
+    if args.enable_unified_cache_external_linker:
+        return
+    if taken := _taken(args):
+        log.warning("lmc stays off: it cannot run with %s", taken)
+        return
+    declare(
+        enable_unified_cache_external_linker=True,
+        unified_cache_external_linker_backend="dynamic",
+        unified_cache_external_linker_config=LINKER,
+    )
+
+
+def _taken(args: Any) -> str:
+    """The setting that leaves no place for a linker, or "": each would be an error of SGLang's
+    later on.
+    """
+    obstacles = {
+        "--disable-radix-cache": args.disable_radix_cache,
+        "--radix-cache-backend": args.radix_cache_backend is not None,
+        "--enable-hierarchical-cache": args.enable_hierarchical_cache,
+        "--hicache-storage-backend": args.hicache_storage_backend is not None,
+        "--enable-lmcache": args.enable_lmcache,
+        "--pp-size above 1": args.pp_size > 1,
+        **{flag: getattr(args, name) for flag, name in compat.EXCLUSIVE_FLAGS.items()},
+    }
+    return next((flag for flag, present in obstacles.items() if present), "")
+
+
+def _forbids_paging(args: Any) -> bool:
+    """Features that want pages of one token, or a chunked prefill that does not come in pages."""
+    chunk = args.chunked_prefill_size
+    return bool(
+        (args.speculative_eagle_topk or 0) > 1
+        or args.dllm_algorithm is not None
+        or (chunk is not None and chunk > 0 and chunk % PAGE_TOKENS)
+        or compat.is_mamba_hybrid(args)
+    )
