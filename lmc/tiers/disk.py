@@ -124,7 +124,8 @@ class DiskTier:
 
     def _make_path(self, name: Name) -> Path:
         path = self._path(name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self._chunks, path.parent):  # the first is missing if somebody removed it
+            folder.mkdir(mode=0o700, exist_ok=True)
         return path
 
     def _aside_path(self) -> Path:

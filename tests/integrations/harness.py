@@ -1,0 +1,199 @@
+"""SGLang's cache, allocator and pool with lmc's linker attached, in this process: no engine, no model.
+
+Plays the scheduler's part by hand: arrival, match, load, insert, eviction, one step after the other.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    InitLoadBackParams,
+    InsertParams,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from lmc_sglang import compat
+from lmc_sglang.linker import LmcLinker
+
+LAYERS, HEADS, DIM = 4, 2, 32
+
+
+def tokens(seed: int, n: int) -> array:
+    rng = random.Random(seed)
+    return array("q", (rng.randrange(5, 1000) for _ in range(n)))
+
+
+class Request(SimpleNamespace):
+    """As much of a request as cache and linker look at."""
+
+    def __init__(self, rid: str, ids: array, **more: object) -> None:
+        super().__init__(
+            rid=rid,
+            kv=None,
+            session=None,
+            swa_branching_seqlen=None,
+            origin_input_ids=ids,
+            output_ids=array("q"),
+            extra_key=None,
+            cache_salt=None,
+        )
+        self.__dict__.update(more)
+
+
+class Harness:
+    def __init__(self, server_args, page: int = 64, size: int = 8192, **arguments: object) -> None:
+        self.page = page
+        shape = {"dtype": torch.float32, "head_num": HEADS, "head_dim": DIM, "layer_num": LAYERS}
+        self.pool = MHATokenToKVPool(
+            size=size, page_size=page, device="cpu", enable_memory_saver=False, **shape
+        )
+        if page == 1:
+            self.alloc = TokenToKVPoolAllocator(
+                size, torch.float32, "cpu", self.pool, need_sort=False
+            )
+        else:
+            self.alloc = PagedTokenToKVPoolAllocator(
+                size, page, torch.float32, "cpu", self.pool, need_sort=False
+            )
+        table = ReqToTokenPool(
+            size=8, max_context_len=size, device="cpu", enable_memory_saver=False
+        )
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=table,
+            token_to_kv_pool_allocator=self.alloc,
+            page_size=page,
+        )
+        params.tree_components = (ComponentType.FULL,)
+        self.params = params
+        self.cache = UnifiedRadixCache(params)
+        self.linker = LmcLinker(
+            server_args, params, components={ComponentType.FULL}, extra_config={}, **arguments
+        )
+        self.cache.init_cache_linker(self.linker)
+        self.store = self.linker._store
+        self._rid = 0
+
+    # --- bytes
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return [*self.pool.k_buffer, *self.pool.v_buffer]
+
+    def expected(self, ids: array) -> list[torch.Tensor]:
+        """KV as a function of the tokens so far: what a prefix of `ids` must hold, layer by layer."""
+        prefix, h = torch.empty(len(ids)), 0
+        for i, token in enumerate(ids):
+            h = (h * 1_000_003 + token) % (1 << 20)
+            prefix[i] = h
+        lane = torch.arange(HEADS * DIM).view(1, HEADS, DIM)
+        return [prefix.view(-1, 1, 1) + 7 * plane + lane / 64 for plane in range(2 * LAYERS)]
+
+    def compute(self, ids: array, start: int, slots: torch.Tensor) -> None:
+        for buffer, want in zip(self.buffers, self.expected(ids), strict=True):
+            buffer[slots] = want[start : start + len(slots)]
+
+    def check(self, ids: array, slots: torch.Tensor, start: int = 0) -> None:
+        for buffer, want in zip(self.buffers, self.expected(ids), strict=True):
+            assert torch.equal(buffer[slots], want[start : start + len(slots)])
+
+    # --- the scheduler's part
+
+    def step(self) -> None:
+        self.cache.check_hicache_events()
+
+    def settle(self) -> None:
+        """Steps until every offload has completed."""
+        while self.cache.linker.pending_offloads:
+            self.step()
+
+    def whole(self, ids: array) -> array:
+        return ids[: len(ids) // self.page * self.page]
+
+    def arrive(self, ids: array, **more: object) -> Request:
+        self._rid += 1
+        req = Request(f"r{self._rid}", ids, **more)
+        self.linker.request_arrived(req)
+        return req
+
+    def match(self, req: Request) -> object:
+        key = RadixKey(
+            req.origin_input_ids,
+            req.extra_key,
+            limit=len(req.origin_input_ids) - 1,
+            cache_salt=req.cache_salt,
+        )
+        return self.cache.match_prefix(MatchPrefixParams(key=key, req=req))
+
+    def load(self, req: Request, match: object) -> torch.Tensor:
+        """Load what was promised; the slots, with the right bytes in them."""
+        req.last_node = match.last_device_node
+        self.cache.init_load_back(
+            InitLoadBackParams(
+                best_match_node=match.best_match_node,
+                host_hit_length=match.host_hit_length,
+                req=req,
+            )
+        )
+        index = self.cache.ready_to_load_host_cache()
+        self.linker.layer_done_counter.set_consumer(index)
+        slots = self.cache.linker.private_load_indices[req.rid]
+        assert self.cache.linker.finish_loads() == []
+        return slots
+
+    def insert(self, ids: array, slots: torch.Tensor, prev: int = 0, **key: object) -> None:
+        ids = self.whole(ids)
+        self.cache.insert(
+            InsertParams(key=RadixKey(ids, **key), value=slots[: len(ids)], prev_prefix_len=prev)
+        )
+
+    def run(self, ids: array, **more: object) -> int:
+        """A whole request: how many tokens of its prefix need not be computed. Checks every byte of them."""
+        req = self.arrive(ids, **more)
+        self.step()
+        match = self.match(req)
+        device, host = match.device_prefix_len, match.host_hit_length
+        path = (
+            self.cache.path_device_indices(match.last_device_node)[:device]
+            if device
+            else torch.empty(0, dtype=torch.int64)
+        )
+        self.check(ids, path)
+        loaded = self.load(req, match) if host else torch.empty(0, dtype=torch.int64)
+        self.check(ids, loaded, device)
+        have = device + host
+        rest = self.alloc_tokens(len(self.whole(ids)) - have)
+        self.compute(ids, have, rest)
+        key = {"extra_key": more.get("extra_key"), "cache_salt": more.get("cache_salt")}
+        self.insert(ids, torch.cat([path, loaded, rest]), prev=device, **key)
+        return have
+
+    def alloc_tokens(self, n: int) -> torch.Tensor:
+        if n > self.alloc.available_size():
+            self.evict(n)
+        return self.alloc.alloc(n) if n else torch.empty(0, dtype=torch.int64)
+
+    def evict(self, n: int) -> None:
+        self.cache.evict(EvictParams(num_tokens=n))
+
+    def flush(self) -> None:
+        self.settle()
+        self.cache.reset()
+        self.alloc.clear()
+        for buffer in self.buffers:
+            buffer.zero_()
+
+    def close(self) -> None:
+        self.cache.release_host_resources()
+        compat.stop_listening(self.linker)
