@@ -1,4 +1,6 @@
-"""Fixtures of the in-process harness. SGLang's modules read the published arguments: publish before they load."""
+"""Fixtures of the in-process harness. SGLang's modules read the published arguments: publish before
+they load.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ with warnings.catch_warnings():  # what torch and SGLang warn of at import is th
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The engine's warnings are its own; a lease of ours that is never given back is an error here too."""
+    """The engine's warnings are its own; a lease of ours that is never given back is an error here
+    too.
+    """
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -55,7 +59,9 @@ def make_model(folder: Path, weights: bytes) -> Path:
 
 @pytest.fixture
 def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Builds harnesses: `harness(page=64, LMC_RAM_GB="0.05", model=folder, ...)`; closes them at the end."""
+    """Builds harnesses: `harness(page=64, LMC_RAM_GB="0.05", model=folder, ...)`; closes them at
+    the end.
+    """
     opened: list[Any] = []
 
     def build(page: int = 64, size: int = 8192, model: Path = model_folder, **settings: str) -> Any:

@@ -1,6 +1,8 @@
-"""SGLang's cache, allocator and pool with lmc's linker attached, in this process: no engine, no model.
+"""SGLang's cache, allocator and pool with lmc's linker attached, in this process: no engine, no
+model.
 
-Plays the scheduler's part by hand: arrival, match, load, insert, eviction, one step after the other.
+Plays the scheduler's part by hand: arrival, match, load, insert, eviction, one step after the
+other.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ class Harness:
         return [*self.pool.k_buffer, *self.pool.v_buffer]
 
     def expected(self, ids: array) -> list[torch.Tensor]:
-        """KV as a function of the tokens so far: what a prefix of `ids` must hold, layer by layer."""
+        """KV as a function of the tokens so far: what a prefix of `ids` must hold, layer by
+        layer.
+        """
         prefix, h = torch.empty(len(ids)), 0
         for i, token in enumerate(ids):
             h = (h * 1_000_003 + token) % (1 << 20)
@@ -159,7 +163,9 @@ class Harness:
         )
 
     def run(self, ids: array, **more: object) -> int:
-        """A whole request: how many tokens of its prefix need not be computed. Checks every byte of them."""
+        """A whole request: how many tokens of its prefix need not be computed. Checks every byte of
+        them.
+        """
         req = self.arrive(ids, **more)
         self.step()
         match = self.match(req)

@@ -1,4 +1,6 @@
-"""The linker against SGLang's real cache: what was computed once comes back byte for byte, or not at all."""
+"""The linker against SGLang's real cache: what was computed once comes back byte for byte, or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_each_turn_of_a_chat_reuses_the_turn_before(harness):
 
 
 def test_a_prefix_that_stays_on_the_device_is_hot_in_ram(harness):
-    """Other prompts fill RAM several times over while the system prompt is only ever hit on the device."""
+    """Other prompts fill RAM several times over while the system prompt is only ever hit on the
+    device.
+    """
     h = harness(LMC_RAM_GB=str(16 * CHUNK_BYTES / 1e9))
     system = tokens(1, 1024)
     for seed in range(2, 30):
@@ -71,7 +75,9 @@ def test_chunks_come_back_from_disk_in_a_new_process(harness, tmp_path):
 
 
 def test_a_prompt_is_found_on_disk_after_its_answer_completed_the_chunk(harness, tmp_path):
-    """The tail of the prompt was replaced by the chunk that the answer filled: its name still leads there."""
+    """The tail of the prompt was replaced by the chunk that the answer filled: its name still leads
+    there.
+    """
     prompt = tokens(1, 450)
     first = harness(LMC_TIERS=f"file://{tmp_path}?gb=1")
     first.run(prompt)
