@@ -27,66 +27,84 @@ enum { LMC_OK, LMC_BAD_PLANE, LMC_BAD_RANGE, LMC_BAD_PIECE, LMC_BAD_COUNT, LMC_B
 
 enum { LMC_PATH_BEST, LMC_PATH_PORTABLE, LMC_PATH_AVX2 };
 
-/* Copies n bytes; `ahead` is where a later read will start: a hint, never dereferenced. */
-typedef void copy_fn(uint8_t *to, const uint8_t *from, int64_t n, const uint8_t *ahead, int64_t ahead_n);
-
-/* Each constant was measured: Zen 3, rows of 768 and 2048 bytes, see tests/bench/test_bench_transfer.py. */
+/* Measured on Zen 4 in a virtual machine, pages at random (tests/bench/test_bench_transfer.py). */
 enum {
-    AHEAD_PAGES = 4,           /* pages of 1 token: 10.8 GB/s with, 7.7 without; 2 and 4 are equal */
-    STREAM_MIN_BYTES = 1 << 20 /* smaller transfers are read again at once: leave them in the cache */
+    LANES = 4,         /* pages gathered side by side: 17 GB/s, one 13 (12 KiB); scatter loses */
+    AHEAD_BYTES = 512, /* of the next pages, read early: 11.8 GB/s, without 10.2 (768-byte pages) */
+    STREAM_MIN_BYTES = 1 << 20 /* about one L2: less than that is left in the cache, to be read soon */
 };
 
-static void copy_portable(uint8_t *to, const uint8_t *from, int64_t n, const uint8_t *ahead,
-                          int64_t ahead_n) {
-    (void)ahead, (void)ahead_n;
-    memcpy(to, from, (size_t)n);
+#if defined(__x86_64__)
+#define AVX2 __attribute__((target("avx2")))
+
+/* Streaming stores leave the cache to the engine. Only whole cache lines of the target are streamed:
+ * half of one would be read back and merged. */
+AVX2 static inline void stream_64(uint8_t *to, const uint8_t *from) {
+    __m256i a = _mm256_loadu_si256((const __m256i *)from);
+    __m256i b = _mm256_loadu_si256((const __m256i *)(from + 32));
+    _mm256_stream_si256((__m256i *)to, a);
+    _mm256_stream_si256((__m256i *)(to + 32), b);
 }
 
-#if defined(__x86_64__)
-/* Only whole cache lines of the target are streamed: half of one would be read back and merged. */
-__attribute__((target("avx2"))) static void copy_avx2(uint8_t *to, const uint8_t *from, int64_t n,
-                                                      const uint8_t *ahead, int64_t ahead_n) {
+AVX2 static inline void stream_128(uint8_t *to, const uint8_t *from) {
+    __m256i a = _mm256_loadu_si256((const __m256i *)from);
+    __m256i b = _mm256_loadu_si256((const __m256i *)(from + 32));
+    __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64));
+    __m256i d = _mm256_loadu_si256((const __m256i *)(from + 96));
+    _mm256_stream_si256((__m256i *)to, a);
+    _mm256_stream_si256((__m256i *)(to + 32), b);
+    _mm256_stream_si256((__m256i *)(to + 64), c);
+    _mm256_stream_si256((__m256i *)(to + 96), d);
+}
+
+AVX2 static void stream_run(uint8_t *to, const uint8_t *from, int64_t n) {
     int64_t i = -(intptr_t)to & 63;
     if (i > n) i = n;
-    if (i) memcpy(to, from, (size_t)i);
-    for (; i + 128 <= n; i += 128) {
-        if (i < ahead_n) {
-            _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
-            _mm_prefetch((const char *)ahead + i + 64, _MM_HINT_T0);
-        }
-        __m256i a = _mm256_loadu_si256((const __m256i *)(from + i));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(from + i + 32));
-        __m256i c = _mm256_loadu_si256((const __m256i *)(from + i + 64));
-        __m256i d = _mm256_loadu_si256((const __m256i *)(from + i + 96));
-        _mm256_stream_si256((__m256i *)(to + i), a);
-        _mm256_stream_si256((__m256i *)(to + i + 32), b);
-        _mm256_stream_si256((__m256i *)(to + i + 64), c);
-        _mm256_stream_si256((__m256i *)(to + i + 96), d);
-    }
-    if (i + 64 <= n) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(from + i));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(from + i + 32));
-        _mm256_stream_si256((__m256i *)(to + i), a);
-        _mm256_stream_si256((__m256i *)(to + i + 32), b);
-        i += 64;
-    }
-    if (i < n) memcpy(to + i, from + i, (size_t)(n - i));
+    memcpy(to, from, (size_t)i);
+    for (; i + 128 <= n; i += 128) stream_128(to + i, from + i);
+    for (; i + 64 <= n; i += 64) stream_64(to + i, from + i);
+    memcpy(to + i, from + i, (size_t)(n - i));
 }
+
+/* LANES pages of n bytes from anywhere to one place; `to` and n are multiples of 64. Several streams
+ * hide the wait for the first bytes of a page, which the processor cannot foresee; `next` are the pages
+ * to be read after these. */
+AVX2 static void stream_lanes(uint8_t *to, const uint8_t *const from[LANES],
+                              const uint8_t *const next[LANES], int64_t n) {
+    const uint8_t *a = from[0], *b = from[1], *c = from[2], *d = from[3];
+    int64_t i = 0;
+    for (; i + 128 <= n; i += 128) {
+        for (int k = 0; k < LANES && i < AHEAD_BYTES; ++k) {
+            _mm_prefetch((const char *)next[k] + i, _MM_HINT_T0);
+            _mm_prefetch((const char *)next[k] + i + 64, _MM_HINT_T0);
+        }
+        stream_128(to + i, a + i);
+        stream_128(to + n + i, b + i);
+        stream_128(to + 2 * n + i, c + i);
+        stream_128(to + 3 * n + i, d + i);
+    }
+    for (int k = 0; k < LANES && i < n; ++k) stream_64(to + k * n + i, from[k] + i);
+}
+
+static void finish_streams(void) { _mm_sfence(); }
 
 /* Asked of the processor itself: zig's __builtin_cpu_supports answers 0 for everything. */
 static int has_avx2(void) {
     unsigned a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 6) != 6) return 0; /* the system saves the wide registers */
+    if ((low & 6) != 6) return 0; /* the system does not save the wide registers */
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
 }
-
-static void finish_streams(void) { _mm_sfence(); }
 #else
-#define copy_avx2 copy_portable
-static int has_avx2(void) { return 0; }
+static void stream_run(uint8_t *to, const uint8_t *from, int64_t n) { memcpy(to, from, (size_t)n); }
+static void stream_lanes(uint8_t *to, const uint8_t *const from[LANES],
+                         const uint8_t *const next[LANES], int64_t n) {
+    (void)next;
+    for (int k = 0; k < LANES; ++k) memcpy(to + k * n, from[k], (size_t)n);
+}
 static void finish_streams(void) {}
+static int has_avx2(void) { return 0; }
 #endif
 
 typedef struct {
@@ -152,22 +170,43 @@ static uint8_t *page_of(const transfer *t, const lmc_plane *plane, int64_t at) {
     return (uint8_t *)plane->base + t->ids[at] * plane->page_stride;
 }
 
+static void move_run(uint8_t *chunk, uint8_t *page, int64_t n, int is_gather, int stream) {
+    uint8_t *to = is_gather ? chunk : page;
+    const uint8_t *from = is_gather ? page : chunk;
+    if (stream)
+        stream_run(to, from, n);
+    else
+        memcpy(to, from, (size_t)n);
+}
+
+static void gather_lanes(const transfer *t, const lmc_plane *plane, int64_t at, uint8_t *chunk) {
+    const uint8_t *from[LANES], *next[LANES];
+    for (int k = 0; k < LANES; ++k) {
+        from[k] = page_of(t, plane, at + k);
+        next[k] = page_of(t, plane, at + k + LANES);
+        __builtin_prefetch(page_of(t, plane, at + k + 2 * LANES)); /* translates its address early */
+    }
+    stream_lanes(chunk, from, next, plane->page_bytes);
+}
+
 /* One plane of all pieces; `before` is the size of one page of all planes before it. */
-static void move_plane(const transfer *t, const lmc_plane *plane, int64_t before, copy_fn *copy,
-                       int is_gather) {
+static void move_plane(const transfer *t, const lmc_plane *plane, int64_t before, int is_gather,
+                       int stream) {
     const int64_t row = plane->page_bytes;
     int64_t at = 0;
     for (int64_t i = 0; i < t->num_pieces; ++i) {
         const lmc_piece *piece = &t->pieces[i];
         uint8_t *chunk = (uint8_t *)piece->address + before * piece->chunk_pages + piece->first * row;
         const int64_t end = at + piece->pages;
+        const int lanes = is_gather && stream && (((intptr_t)chunk | row) & 63) == 0;
         while (at < end) {
-            const int64_t run = run_length(t, plane, at, end - at);
-            uint8_t *page = page_of(t, plane, at);
-            if (is_gather)
-                copy(chunk, page, run * row, page_of(t, plane, at + run - 1 + AHEAD_PAGES), row);
-            else
-                copy(page, chunk, run * row, chunk, 0);
+            int64_t run = run_length(t, plane, at, end - at);
+            if (lanes && run < LANES && at + LANES <= end) {
+                gather_lanes(t, plane, at, chunk);
+                run = LANES;
+            } else {
+                move_run(chunk, page_of(t, plane, at), run * row, is_gather, stream);
+            }
             chunk += run * row;
             at += run;
         }
@@ -190,13 +229,13 @@ static int move(const transfer *t, int32_t path, int is_gather) {
     if (status != LMC_OK) return status;
     if (path == LMC_PATH_BEST)
         path = bytes_of(t) >= STREAM_MIN_BYTES && has_avx2() ? LMC_PATH_AVX2 : LMC_PATH_PORTABLE;
-    copy_fn *copy = path == LMC_PATH_AVX2 ? copy_avx2 : copy_portable;
+    const int stream = path == LMC_PATH_AVX2;
     int64_t before = 0;
     for (int64_t p = 0; p < t->end_plane; ++p) {
-        if (p >= t->first_plane) move_plane(t, &t->planes[p], before, copy, is_gather);
+        if (p >= t->first_plane) move_plane(t, &t->planes[p], before, is_gather, stream);
         before += t->planes[p].page_bytes;
     }
-    if (path == LMC_PATH_AVX2) finish_streams(); /* streamed bytes before the caller's "done" */
+    if (stream) finish_streams(); /* streamed bytes land before the caller's "done" */
     return LMC_OK;
 }
 

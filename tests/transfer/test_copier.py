@@ -1,0 +1,214 @@
+"""Background copies: order, cancel, close, errors, and a GIL that stays free."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+from itertools import pairwise
+
+import pytest
+import torch
+
+from lmc import cpu
+from lmc.transfer.copier import Copier, Job
+from lmc.transfer.native import CpuBackend
+from lmc.transfer.ops import Backend
+from lmc.transfer.pages import PagedPool, Transfer
+from lmc.transfer.reference import TorchBackend
+
+from .conftest import Chunk, random_pool
+
+
+class Gate(TorchBackend):
+    """A backend whose stores wait until the gate opens."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+
+    def gather(self, transfer: Transfer, planes: range) -> None:
+        self.entered.set()
+        assert self.open.wait(30)
+        super().gather(transfer, planes)
+
+
+class Broken(TorchBackend):
+    """A backend that fails from `plane` on."""
+
+    def __init__(self, plane: int) -> None:
+        self.plane = plane
+
+    def scatter(self, transfer: Transfer, planes: range) -> None:
+        if planes.stop > self.plane:
+            raise OSError("broken")
+        super().scatter(transfer, planes)
+
+
+def pool_of_layers(layers: int = 3) -> PagedPool:
+    return random_pool([96, 7] * layers, 16, planes_per_layer=2)
+
+
+def test_store_then_load_brings_the_bytes_back(backend: Backend) -> None:
+    pool = pool_of_layers()
+    chunk = Chunk(pool, 8)
+    ids, new_ids = torch.randperm(16)[:8], torch.randperm(16)[:8]
+    before = [plane[ids] for plane in pool.planes]
+    copier = Copier(pool, backend)
+    job = copier.store(ids, [chunk.piece()])
+    assert job.wait()
+    assert (job.done(), job.error) == (True, None)
+    layers: list[int] = []
+    job = copier.load(new_ids, [chunk.piece()], layers.append)
+    copier.close()
+    assert (job.done(), job.error) == (True, None)
+    assert layers == [0, 1, 2]
+    after = [plane[new_ids] for plane in pool.planes]
+    assert all(map(torch.equal, after, before))
+
+
+def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
+    pool = pool_of_layers()
+    chunk = Chunk(pool, 4)
+    chunk.payload.fill_(1)
+    for plane in pool.planes:
+        plane.zero_()
+    sums: list[list[int]] = []
+
+    def layer_done(layer: int) -> None:
+        sums.append([int(plane.sum()) for plane in pool.planes])
+
+    copier = Copier(pool, TorchBackend())
+    copier.load(torch.arange(4), [chunk.piece()], layer_done)
+    copier.close()
+    assert sums == [
+        [384, 28, 0, 0, 0, 0],
+        [384, 28, 384, 28, 0, 0],
+        [384, 28, 384, 28, 384, 28],
+    ]
+
+
+def test_a_load_does_not_queue_behind_stores() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(pool, gate)
+    chunks = [Chunk(pool, 4) for _ in range(4)]
+    stores = [copier.store(torch.arange(4), [chunk.piece()]) for chunk in chunks[1:]]
+    load = copier.load(torch.arange(4), [chunks[0].piece()], lambda layer: None)
+    assert load.wait(30)
+    assert not any(job.done() for job in stores)
+    assert not stores[0].wait(0.01)
+    gate.open.set()
+    copier.close()
+
+
+def test_only_a_queued_job_is_cancelled() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(pool, gate)
+    chunks = [Chunk(pool, 4) for _ in range(3)]
+    running, queued, last = (copier.store(torch.arange(4), [c.piece()]) for c in chunks)
+    assert gate.entered.wait(30)
+    assert not running.cancel()
+    assert queued.cancel()
+    assert queued.done()
+    assert isinstance(queued.error, CancelledError)
+    assert running.error is None
+    gate.open.set()
+    assert last.wait(30)
+    assert running.error is None
+    assert not last.cancel()
+    assert bool((chunks[1].memory == 0xEE).all())
+    copier.close()
+
+
+def test_close_waits_for_what_runs_and_cancels_the_rest() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(pool, gate)
+    chunks = [Chunk(pool, 4) for _ in range(2)]
+    running, queued = (copier.store(torch.arange(4), [chunk.piece()]) for chunk in chunks)
+    assert gate.entered.wait(30)
+    threading.Timer(0.05, gate.open.set).start()
+    copier.close()
+    assert (running.done(), running.error) == (True, None)
+    assert isinstance(queued.error, CancelledError)
+    with pytest.raises(RuntimeError, match="shutdown"):
+        copier.store(torch.arange(4), [chunks[0].piece()])
+
+
+def test_an_error_in_the_worker_travels_in_the_job() -> None:
+    pool = pool_of_layers()
+    chunk = Chunk(pool, 4)
+    copier = Copier(pool, Broken(plane=2))
+    layers: list[int] = []
+    job = copier.load(torch.arange(4), [chunk.piece()], layers.append)
+    assert job.wait(30)
+    assert isinstance(job.error, OSError)
+    assert layers == [0]
+    assert copier.store(torch.arange(4), [chunk.piece()]).wait(30)
+    copier.close()
+
+
+def test_an_error_in_layer_done_ends_the_load() -> None:
+    pool = pool_of_layers()
+    copier = Copier(pool, TorchBackend())
+    chunk = Chunk(pool, 4)
+    job = copier.load(torch.arange(4), [chunk.piece()], lambda layer: [][layer])
+    assert job.wait(30)
+    assert isinstance(job.error, IndexError)
+    copier.close()
+
+
+def test_a_bad_transfer_is_refused_where_it_is_made() -> None:
+    pool = pool_of_layers()
+    copier = Copier(pool, TorchBackend())
+    with pytest.raises(IndexError, match="outside a pool"):
+        copier.store(torch.tensor([16]), [Chunk(pool, 1).piece()])
+    copier.close()
+
+
+def test_page_ids_may_change_once_the_job_is_made() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(pool, gate)
+    chunk, ids = Chunk(pool, 4), torch.arange(4)
+    copier.store(ids, [chunk.piece()])
+    ids.fill_(9)
+    gate.open.set()
+    copier.close()
+    assert torch.equal(chunk.payload[: 4 * 96].view(4, 96), pool.planes[0][:4])
+
+
+class Timed(CpuBackend):
+    """Notes when its store began and ended."""
+
+    began = ended = 0.0
+
+    def gather(self, transfer: Transfer, planes: range) -> None:
+        self.began = time.perf_counter()
+        super().gather(transfer, planes)
+        self.ended = time.perf_counter()
+
+
+def longest_pause(job: Job, backend: Timed) -> float:
+    """The longest time, as a share of the copy, in which this thread could not take a step."""
+    steps = [time.perf_counter()]
+    while not job.done():
+        steps.append(time.perf_counter())
+    inside = [step for step in steps if backend.began <= step <= backend.ended]
+    edges = [backend.began, *inside, backend.ended]
+    pauses = (after - before for before, after in pairwise(edges))
+    return max(pauses) / (backend.ended - backend.began)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_the_gil_is_free_while_a_native_copy_runs() -> None:
+    """Holding the GIL, the copy is one pause; a busy machine makes pauses too, hence the tries."""
+    pool = random_pool([1 << 20], 8)
+    backend = Timed()
+    copier = Copier(pool, backend)
+    chunk = Chunk(pool, 8)
+    again = 200  # into the same chunk: a long call that needs little memory
+    pieces, page_ids = [chunk.piece()] * again, torch.arange(8).repeat(again)
+    free = any(longest_pause(copier.store(page_ids, pieces), backend) < 0.4 for _ in range(10))
+    copier.close()
+    assert free
