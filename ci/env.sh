@@ -26,6 +26,9 @@ use_env() {
     if ! fresh "$venv/project.stamp" "$(project_stamp)" || ! compgen -G "$ROOT/lmc/cpu/*.so" > /dev/null; then
         install_project "$name"
     fi
+    if [[ $name == sglang && ! -e $venv/page-hash.stamp ]]; then
+        build_page_hash "$name"
+    fi
     exec 9>&-
 }
 
@@ -51,9 +54,6 @@ make_env() {
     "$PYTHON" -m venv "$venv" > "$venv.log" 2>&1 || explain "$venv.log"
     install "$name" -r "$ROOT/ci/requirements/torch.txt"
     install "$name" --no-deps -r "$ROOT/ci/requirements/$name.txt"
-    if [[ $name == sglang ]]; then
-        build_page_hash "$name"
-    fi
     packages_stamp "$name" > "$venv/packages.stamp"
 }
 
@@ -82,6 +82,7 @@ build_page_hash() {
 		from sglang.srt.mem_cache.utils import get_storage_hash_str
 		assert len(get_storage_hash_str(RadixKey(array("q", range(64))), None, page_size=64)) == 1
 	EOF
+    touch "$ROOT/.venvs/$1/page-hash.stamp"
 }
 
 need_tools() {
