@@ -11,15 +11,14 @@ from typing import Protocol
 
 import torch
 
+from lmc.config import KERNELS
 from lmc.transfer.native import CpuBackend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "gather", "resolve", "scatter"]
+__all__ = ["Backend", "gather", "resolve", "scatter"]
 
 log = logging.getLogger("lmc")
-
-BACKENDS = ("auto", "cpu", "torch")
 
 
 class Backend(Protocol):
@@ -57,8 +56,8 @@ def scatter(
 
 def resolve(name: str, device: torch.device) -> Backend:
     """The backend for a pool on `device`: the fastest that works here, or the one named."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(BACKENDS)}")
+    if name not in KERNELS:
+        raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(KERNELS)}")
     if name == "torch":
         return _chosen(TorchBackend(), "asked for")
     refusal = CpuBackend.refusal(device)

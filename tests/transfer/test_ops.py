@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmc import cpu
-from lmc.transfer import ops
+from lmc.config import KERNELS
 from lmc.transfer.ops import Backend, gather, resolve, scatter
 from lmc.transfer.pages import PagedPool, Piece
 from lmc.transfer.reference import TorchBackend
@@ -210,5 +210,8 @@ def test_without_the_library_auto_falls_to_torch_with_one_line(
         resolve("cpu", torch.device("cpu"))
 
 
-def test_every_backend_name_is_in_the_choices() -> None:
-    assert ops.BACKENDS == ("auto", "cpu", "torch")
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_choice_of_the_setting_resolves(name: str) -> None:
+    if name == "cpu" and (reason := cpu.missing()):
+        pytest.skip(reason)
+    assert resolve(name, torch.device("cpu")).name in KERNELS
