@@ -93,7 +93,12 @@ def supports(path: CopyPath) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_file()))
+    return load(library_file())
+
+
+def load(file: Path) -> ctypes.CDLL:
+    """The library in `file` with its signatures; OSError says why it cannot be had."""
+    library = ctypes.CDLL(str(file))
     table, count = ctypes.c_void_p, ctypes.c_int64
     for op in (library.lmc_gather, library.lmc_scatter):
         op.argtypes = [table, count, count, count, table, count, table, count, ctypes.c_int32]
