@@ -78,29 +78,31 @@ def check(asked: Repeated, cached_tokens: int) -> None:
     assert asked.after_flush.output_ids == asked.cold.output_ids
 
 
+@pytest.fixture(scope="class")
+def served(
+    launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Answer]]:
+    """The second server on a folder, and the first one's answer to `tokens(1500, seed=1)`."""
+    folder = tmp_path_factory.mktemp("chunks")
+    settings = {
+        "LMC_ENABLE": "1",
+        "LMC_RAM_GB": "0.1",
+        "LMC_TIERS": f"file://{folder}?gb=1",
+    }
+    with launch("--chunked-prefill-size", "320", **settings) as server:
+        first = repeat(server, tokens(1500, seed=1)).engine_hit
+        server.drain()
+    with launch("--chunked-prefill-size", "320", **settings) as server:
+        yield server, first
+
+
+@pytest.fixture(scope="class")
+def server(served: tuple[Server, Answer]) -> Server:
+    return served[0]
+
+
 class TestSwitchedOnByEnvironment:
     """LMC_ENABLE=1 and `python -m sglang.launch_server`; prefill is cut off the chunk grid."""
-
-    @pytest.fixture(scope="class")
-    def served(
-        self, launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[tuple[Server, Answer]]:
-        """The second server on a folder, and the first one's answer to `tokens(1500, seed=1)`."""
-        folder = tmp_path_factory.mktemp("chunks")
-        settings = {
-            "LMC_ENABLE": "1",
-            "LMC_RAM_GB": "0.1",
-            "LMC_TIERS": f"file://{folder}?gb=1",
-        }
-        with launch("--chunked-prefill-size", "320", **settings) as server:
-            first = repeat(server, tokens(1500, seed=1)).engine_hit
-            server.drain()
-        with launch("--chunked-prefill-size", "320", **settings) as server:
-            yield server, first
-
-    @pytest.fixture(scope="class")
-    def server(self, served: tuple[Server, Answer]) -> Server:
-        return served[0]
 
     def test_pages_are_of_64_tokens_where_the_user_left_them_unset(self, server: Server) -> None:
         assert server.info()["page_size"] == PAGE
@@ -192,25 +194,26 @@ def check_after_abort(server: Server, prompt: list[int]) -> None:
     assert same(ask(server, prompt), own)
 
 
+@pytest.fixture(scope="class")
+def two_ranks(launch: Callable[..., Server]) -> Iterator[Server]:
+    flags = (
+        *("--tp-size", "2", "--page-size", "16", "--enable-unified-cache-external-linker"),
+        *("--unified-cache-external-linker-backend", "dynamic"),
+        *("--unified-cache-external-linker-config", json.dumps(LINKER)),
+    )
+    with launch(*flags, LMC_RAM_GB="0.1", SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
+        yield server
+
+
 class TestSwitchedOnByFlags:
     """SGLang's own linker flags, on two ranks, with the user's page size."""
 
-    @pytest.fixture(scope="class")
-    def server(self, launch: Callable[..., Server]) -> Iterator[Server]:
-        flags = (
-            *("--tp-size", "2", "--page-size", "16", "--enable-unified-cache-external-linker"),
-            *("--unified-cache-external-linker-backend", "dynamic"),
-            *("--unified-cache-external-linker-config", json.dumps(LINKER)),
-        )
-        with launch(*flags, LMC_RAM_GB="0.1", SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
-            yield server
-
-    def test_two_ranks_after_a_flush_as_the_engines_own_hit(self, server: Server) -> None:
+    def test_two_ranks_after_a_flush_as_the_engines_own_hit(self, two_ranks: Server) -> None:
         prompt = tokens(1000, seed=11)
-        check(repeat(server, prompt), whole_pages(prompt, page=16))
+        check(repeat(two_ranks, prompt), whole_pages(prompt, page=16))
 
-    def test_the_users_page_size_stays(self, server: Server) -> None:
-        assert server.info()["page_size"] == 16
+    def test_the_users_page_size_stays(self, two_ranks: Server) -> None:
+        assert two_ranks.info()["page_size"] == 16
 
 
 def test_switched_on_by_an_import(tiny_llama: Path, tmp_path: Path) -> None:
