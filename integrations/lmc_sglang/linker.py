@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -43,6 +43,9 @@ from .identity import Ranks, namespace_of
 CLOSE_DRAIN_S = 60.0
 
 
+_decode: Callable[[str], Key] = bytes.fromhex  # type: ignore[assignment]
+
+
 class StepKeys(Sequence[Key]):
     """SGLang's hex digests of consecutive pages as keys of steps: every `stride`-th, decoded when
     looked at.
@@ -60,8 +63,10 @@ class StepKeys(Sequence[Key]):
     def __getitem__(self, i: slice) -> Sequence[Key]: ...
     def __getitem__(self, i: int | slice) -> Key | Sequence[Key]:
         if isinstance(i, slice):
-            return [Key(bytes.fromhex(self._digests[at])) for at in self._at[i]]
-        return Key(bytes.fromhex(self._digests[self._at[i]]))
+            at = self._at[i]
+            chosen = self._digests[at.start : at.stop : at.step]
+            return list(map(_decode, chosen))
+        return _decode(self._digests[self._at[i]])
 
 
 @dataclass(slots=True)
@@ -257,17 +262,15 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 return True
             cache, node_id = node
             path = cache.tree_core.collect_path_info([node_id])[0]
-            chunks = list(self._chunks(cache.tree_core, path, transfers[0].keys))
-            lease = self._store.reserve([chunk for _, chunk in chunks])
-            present = all(
-                chunk.key in self._store.ram or chunk in lease.chunks for _, chunk in chunks
-            )
+            first, chunks = self._chunks(cache.tree_core, path, transfers[0].keys)
+            lease = self._store.reserve(chunks)
+            kept = len(lease) == len(chunks) or self._covered(chunks, lease)
             if not lease:
-                self._offloads.append(_Offload(kept=present))
+                self._offloads.append(_Offload(kept))
                 return True
-            slots = cache.path_device_indices(node_id)
-            page_ids, pieces = self._sources(slots, chunks, lease)
-            self._offloads.append(_Offload(present, self._copier.store(page_ids, pieces), lease))
+            slots = cache.path_device_indices(node_id)[first * self._layout.chunk_tokens :]
+            job = self._copier.store(*self._sources(slots, chunks, lease))
+            self._offloads.append(_Offload(kept, job, lease))
             return True
 
     def num_completed_offloads(self) -> int:
@@ -353,8 +356,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             if at == end:
                 return
 
-    def _chunks(self, tree: Any, path: Any, digests: Sequence[str]) -> Iterator[tuple[int, Chunk]]:
-        """The chunks and the tail that a node completes, each with its absolute number.
+    def _chunks(self, tree: Any, path: Any, digests: Sequence[str]) -> tuple[int, list[Chunk]]:
+        """The chunks and the tail that a node completes, and the absolute number of the first.
 
         A chunk begun in ancestor nodes is named whole; its first steps' digests are the ancestors'.
         """
@@ -364,30 +367,32 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         low = max(0, begin - 1)  # the page before a chunk names its parent
         digests = [*_digests_between(tree, path[:-1], layout.page_tokens, low, first), *digests]
         parent = Key(bytes.fromhex(digests[0])) if begin else None
-        start, steps = self._steps(digests[begin - low :], begin)
-        keys, per_chunk = steps[:], layout.chunk_steps
-        for i in range(0, len(keys), per_chunk):
-            chunk = Chunk(tuple(keys[i : i + per_chunk]), parent)
-            yield (start + i) // per_chunk, chunk
-            parent = chunk.key
+        keys = self._steps(digests[begin - low :], begin)[1][:]
+        chunks: list[Chunk] = []
+        for i in range(0, len(keys), layout.chunk_steps):
+            chunks.append(Chunk(tuple(keys[i : i + layout.chunk_steps]), parent))
+            parent = chunks[-1].key
+        return begin // layout.chunk_pages, chunks
 
     def _sources(
-        self, slots: torch.Tensor, chunks: Sequence[tuple[int, Chunk]], lease: WriteLease
+        self, slots: torch.Tensor, chunks: Sequence[Chunk], lease: WriteLease
     ) -> tuple[torch.Tensor, list[Piece]]:
-        """Pages to gather, and the slots in RAM they go to."""
-        layout, number = self._layout, {chunk.key: n for n, chunk in chunks}
-        page_ids, pieces = [], []
-        for chunk, slot in zip(lease.chunks, lease.slots, strict=True):
-            begin, num_pages = (
-                number[chunk.key] * layout.chunk_tokens,
-                len(chunk.keys) * layout.step_pages,
-            )
-            page_ids.append(
-                slots[begin : begin + num_pages * layout.page_tokens : layout.page_tokens]
-            )
-            pieces.append(Piece(self._store.arena.address(slot), num_pages, 0, num_pages))
-        ids = torch.cat(page_ids) // layout.page_tokens
-        return ids.to("cpu", torch.int64), pieces
+        """Pages to gather, and where in RAM they go; `slots` begin with the first chunk."""
+        layout, address = self._layout, self._store.arena.address
+        page_ids = (slots[:: layout.page_tokens] // layout.page_tokens).to("cpu", torch.int64)
+        sizes = [len(chunk.keys) * layout.step_pages for chunk in lease.chunks]
+        if len(lease) < len(chunks):
+            number = {id(chunk): n for n, chunk in enumerate(chunks)}
+            begins = [number[id(chunk)] * layout.chunk_pages for chunk in lease.chunks]
+            ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+            page_ids = torch.cat([page_ids[b:e] for b, e in zip(begins, ends, strict=True)])
+        slots_and_sizes = zip(lease.slots, sizes, strict=True)
+        return page_ids[: sum(sizes)], [Piece(address(s), n, 0, n) for s, n in slots_and_sizes]
+
+    def _covered(self, chunks: Sequence[Chunk], lease: WriteLease) -> bool:
+        """Whether what the lease does not hold is in RAM already."""
+        taken = set(map(id, lease.chunks))
+        return all(id(chunk) in taken or chunk.key in self._store.ram for chunk in chunks)
 
     def _settle(self, offload: _Offload) -> None:
         """The copy of an offload is over: show it, or forget it."""

@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from types import SimpleNamespace
 
@@ -120,6 +121,7 @@ class Harness:
     def settle(self) -> None:
         """Steps until every offload has completed."""
         while self.cache.linker.pending_offloads:
+            time.sleep(0.001)
             self.step()
 
     def whole(self, ids: array) -> array:
