@@ -6,10 +6,11 @@ nothing here locks.
                   '--- abort ---> free <--- evicted       doomed: replaced or outdated while
                                                           held, unseen, free when released
 
-Only idle slots are evicted, coldest first, and never one whose child is here. A chunk is seen only
-after its lease commits. The index knows every step inside a chunk, so a sequence that diverges or
-ends in mid-chunk still hits. State lives in arrays by slot and a dict from key to slot: nothing
-here feeds the garbage collector.
+Only idle slots are evicted, coldest first, and never one whose child is here or being written. An
+idle slot is always colder than its parent, so the coldest one is a leaf unless its children are in
+use. A chunk is seen only after its lease commits. The index knows every step inside a chunk, so a
+sequence that diverges or ends in mid-chunk still hits. State lives in arrays by slot and a dict
+from key to slot: nothing here feeds the garbage collector.
 """
 
 from __future__ import annotations
@@ -125,17 +126,26 @@ class WriteLease(_Lease):
         """Publish every chunk (as `chunks` where what arrived is longer than what was asked
         for).
         """
+        shown = self.chunks if chunks is None else chunks
+        if len(shown) != len(self.slots):
+            raise ValueError(f"{len(shown)} chunks for the {len(self.slots)} slots of this lease")
         self._give_back()
-        if self._epoch != self._ram.epoch:  # the weights changed meanwhile
-            self._ram._forget(self.slots)
-            return
-        kept = self._ram._publish(self.chunks if chunks is None else chunks, self.slots)
-        if kept and self.on_commit:
+        if self._outdated:
+            self._ram._unpin(self.slots)
+        elif (kept := self._ram._publish(shown, self.slots)) and self.on_commit:
             self.on_commit(kept)
 
     def abort(self) -> None:
         self._give_back()
-        self._ram._forget(self.slots)
+        if self._outdated:
+            self._ram._unpin(self.slots)
+        else:
+            self._ram._forget(self.slots)
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether `clear` came in between: nobody may see these slots any more."""
+        return self._epoch != self._ram.epoch
 
 
 class RamTier:
@@ -149,15 +159,16 @@ class RamTier:
         self._chunk_steps = chunk_steps
         self._free = list(range(n - 1, -1, -1))
         self._index: dict[Key, int] = {}  # every step of every ready chunk
+        # further holders of a step: chunks that share their first steps and then diverge
+        self._also: dict[Key, dict[int, None]] = {}
         self._writing: dict[Key, int] = {}  # chunks reserved, by their own key
-        self._orphans: dict[
-            Key, list[int]
-        ] = {}  # ready chunks whose parent is not here, by the parent's key
+        # ready chunks whose parent is not here, by the parent's key
+        self._orphans: dict[Key, dict[int, None]] = {}
         self._lru: OrderedDict[int, None] = OrderedDict()  # idle slots, coldest first
         self._state = bytearray(n)
         self._pins = array("q", bytes(8 * n))
         self._parent = array("q", [NOBODY]) * n
-        self._children = array("q", bytes(8 * n))
+        self._children = array("q", bytes(8 * n))  # ready ones and those being written
         self._keys: list[bytes] = [b""] * n  # a chunk's step keys, joined
         self._parent_key: list[Key | None] = [None] * n
 
@@ -194,9 +205,7 @@ class RamTier:
 
     def touch(self, spans: Sequence[Span]) -> None:
         """Make a chain the hottest, its beginning hottest of all."""
-        for span in reversed(spans):
-            if span.slot in self._lru:
-                self._lru.move_to_end(span.slot)
+        self._heat([span.slot for span in spans])
 
     def pin(self, spans: Sequence[Span]) -> ReadLease:
         """Hold what `find` just answered."""
@@ -215,16 +224,22 @@ class RamTier:
 
     def reserve(self, chunks: Sequence[Chunk]) -> WriteLease:
         """Slots for the chunks of one chain that RAM lacks, as many as fit, from the first on.
-        Never waits.
+        Never waits. The chain that is being extended stays while it is.
         """
         taken: list[Chunk] = []
         slots: list[int] = []
         for chunk in chunks:
             if chunk.key in self._index or chunk.key in self._writing:
                 continue
-            slot = self._take(chunk.parent)
+            parent = self._find_parent(chunk)
+            if parent != NOBODY:
+                self._children[parent] += 1
+            slot = self._take()
             if slot is None:
+                if parent != NOBODY:
+                    self._children[parent] -= 1
                 break
+            self._parent[slot] = parent
             self._state[slot] = State.WRITING
             self._keys[slot] = chunk.key
             self._writing[chunk.key] = slot
@@ -237,12 +252,13 @@ class RamTier:
         not be.
         """
         self.epoch += 1
-        ready = set(self._index.values())
-        for table in (self._index, self._orphans, self._lru):
-            table.clear()
-        for slot in ready:
+        for slot in self._writing.values():  # their leases hold them until they notice
+            self._pins[slot] = 1
+        for slot in {*self._index.values(), *self._writing.values()}:
             self._parent[slot], self._children[slot] = NOBODY, 0
             self._leave(slot)
+        for table in (self._index, self._also, self._writing, self._orphans, self._lru):
+            table.clear()
 
     # --- accounting
 
@@ -275,37 +291,70 @@ class RamTier:
         )
         assert not any(self._pins[slot] for slot in by_state[State.FREE] + by_state[State.WRITING])
         children = [0] * self.arena.num_slots
-        for slot in by_state[State.READY]:
+        for slot in by_state[State.READY] + by_state[State.WRITING]:
             if (parent := self._parent[slot]) != NOBODY:
                 children[parent] += 1
                 assert self._state[parent] == State.READY, "a parent went before its child"
         assert children == list(self._children), "children miscounted"
+        self._check_index(by_state[State.READY])
+        self._check_order()
+
+    def _check_index(self, ready: Sequence[int]) -> None:
+        holders: dict[Key, set[int]] = {}
+        for slot in ready:
+            for key in self._split(slot):
+                holders.setdefault(key, set()).add(slot)
+        also = {key: {self._index[key], *more} for key, more in self._also.items()}
+        assert all(len(slots) > 1 for slots in also.values()), "a step lists one holder twice"
+        single = {key: {slot} for key, slot in self._index.items()}
+        assert single | also == holders, "a step of a ready chunk is not found, or a stale one is"
+        for key, orphans in self._orphans.items():
+            assert key not in self._index, "an orphan whose parent is here"
+            assert orphans, "an empty list of orphans"
+            for slot in orphans:
+                assert self._state[slot] == State.READY, "an orphan that is not here"
+                assert self._parent_key[slot] == key, "an orphan of another parent"
+
+    def _check_order(self) -> None:
+        age = {slot: n for n, slot in enumerate(self._lru)}
+        for slot in age:
+            above = self._parent[slot]
+            while above != NOBODY:
+                assert above not in age or age[above] > age[slot], "a parent colder than its child"
+                above = self._parent[above]
 
     # --- inside
+
+    def _split(self, slot: int) -> list[Key]:
+        joined = self._keys[slot]
+        return [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
+
+    def _find_parent(self, chunk: Chunk) -> int:
+        return NOBODY if chunk.parent is None else self._index.get(chunk.parent, NOBODY)
 
     def _span(self, slot: int, at: int, stop: int) -> Span:
         first = at % self._chunk_steps
         return Span(slot, first, stop - at, len(self._keys[slot]) // KEY_BYTES)
 
-    def _take(self, parent: Key | None) -> int | None:
-        """A free slot, evicting the coldest leaf if need be, but never the chain that is being
-        extended.
+    def _take(self) -> int | None:
+        """A free slot, evicting the coldest leaf if need be.
 
-        Looks at no more than a few dozen slots, so a reservation stays cheap however much of RAM is
-        held.
+        Looks at no more than a few dozen chains, so a reservation stays cheap however much of RAM
+        is held.
         """
         if self._free:
             return self._free.pop()
+        first = NOBODY
         for _ in range(_MAX_LOOKS):
-            slot = next(iter(self._lru), None)
-            if slot is None or (parent is not None and self._index.get(parent) == slot):
+            slot = next(iter(self._lru), NOBODY)
+            if slot in (NOBODY, first):
                 return None
-            if self._children[slot]:  # its child is pinned, or hotter than it: so is the chain
-                self._lru.move_to_end(slot)
-                continue
-            self.evictions += 1
-            self._drop(slot)
-            return self._free.pop()
+            if not self._children[slot]:
+                self.evictions += 1
+                self._drop(slot)
+                return self._free.pop()
+            self._heat([slot])  # its children are pinned or being written: in use, and so is it
+            first = slot if first == NOBODY else first
         return None
 
     def _publish(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> list[int]:
@@ -314,54 +363,64 @@ class RamTier:
         """
         kept: list[int] = []
         for chunk, slot in zip(chunks, slots, strict=True):
-            del self._writing[Key(self._keys[slot])]
             if chunk.key in self._index:
-                self._release(slot)
+                self._forget([slot])
             else:
+                del self._writing[Key(self._keys[slot])]
                 self._insert(chunk, slot)
                 kept.append(slot)
-        if kept:
-            self._heat(kept[-1])
+        self._heat(kept)
         return kept
 
     def _insert(self, chunk: Chunk, slot: int) -> None:
-        index = self._index
-        for steps, key in enumerate(chunk.keys, 1):
-            old = index.get(key)
+        index, joined = self._index, b"".join(chunk.keys)
+        for old in {index[key] for key in chunk.keys if key in index}:
+            if joined.startswith(self._keys[old]):
+                self._drop(old)  # a tail: all its steps are in this chunk too
+        for key in chunk.keys:
+            if (old := index.get(key, NOBODY)) != NOBODY:
+                self._also.setdefault(key, {})[old] = None
             index[key] = slot
-            if old is not None and len(self._keys[old]) == steps * KEY_BYTES:
-                self._drop(old)  # a tail that ends here: its steps are in this chunk too
         self._state[slot] = State.READY
-        self._keys[slot] = b"".join(chunk.keys)
+        self._keys[slot] = joined
         self._parent_key[slot] = chunk.parent
         self._lru[slot] = None
-        if chunk.parent is not None:
-            parent = index.get(chunk.parent, NOBODY)
-            self._parent[slot] = parent
-            if parent == NOBODY:
-                self._orphans.setdefault(chunk.parent, []).append(slot)
-            else:
-                self._children[parent] += 1
+        if self._parent[slot] == NOBODY:  # else known, and counted, since it was reserved
+            self._join(chunk, slot)
         for child in self._orphans.pop(chunk.key, ()):
             self._parent[child] = slot
             self._children[slot] += 1
 
-    def _heat(self, slot: int) -> None:
-        """A chain that grew is hot as a whole: its leaf first, so that its beginning goes last."""
-        while slot != NOBODY:
-            if slot in self._lru:
-                self._lru.move_to_end(slot)
-            slot = self._parent[slot]
+    def _join(self, chunk: Chunk, slot: int) -> None:
+        """Make a chunk the child of its parent, or an orphan that waits for it."""
+        parent = self._parent[slot] = self._find_parent(chunk)
+        if parent != NOBODY:
+            self._children[parent] += 1
+        elif chunk.parent is not None:
+            self._orphans.setdefault(chunk.parent, {})[slot] = None
+
+    def _heat(self, slots: Sequence[int]) -> None:
+        """Make idle slots of one chain, and all that lies before them, the hottest: the last one
+        first, so that the beginning of the chain goes last.
+        """
+        lru, parents = self._lru, self._parent
+        for i in range(len(slots) - 1, -1, -1):
+            if slots[i] in lru:
+                lru.move_to_end(slots[i])
+            above = parents[slots[i]]
+            if i and slots[i - 1] == above:
+                continue
+            while above != NOBODY:
+                if above in lru:
+                    lru.move_to_end(above)
+                above = parents[above]
 
     def _drop(self, slot: int) -> None:
         """Take a ready leaf out of the index; its memory goes now, or when its last reader has
         left.
         """
-        joined = self._keys[slot]
-        for i in range(0, len(joined), KEY_BYTES):
-            key = Key(joined[i : i + KEY_BYTES])
-            if self._index.get(key) == slot:
-                del self._index[key]
+        for key in self._split(slot):
+            self._unlist(key, slot)
         parent, parent_key = self._parent[slot], self._parent_key[slot]
         if parent != NOBODY:
             self._children[parent] -= 1
@@ -371,9 +430,22 @@ class RamTier:
         self._lru.pop(slot, None)
         self._leave(slot)
 
+    def _unlist(self, key: Key, slot: int) -> None:
+        """`slot` no longer answers for `key`; another chunk with the same beginning may."""
+        others = self._also.get(key)
+        if others is None:
+            del self._index[key]
+            return
+        if self._index[key] == slot:
+            self._index[key] = others.popitem()[0]
+        else:
+            del others[slot]
+        if not others:
+            del self._also[key]
+
     def _disown(self, parent_key: Key, slot: int) -> None:
         orphans = self._orphans[parent_key]
-        orphans.remove(slot)
+        del orphans[slot]
         if not orphans:
             del self._orphans[parent_key]
 
@@ -385,6 +457,7 @@ class RamTier:
 
     def _release(self, slot: int) -> None:
         self._state[slot] = State.FREE
+        self._parent[slot] = NOBODY
         self._keys[slot] = b""
         self._parent_key[slot] = None
         self._free.append(slot)
@@ -393,13 +466,16 @@ class RamTier:
         """Reserved slots that hold nothing worth showing."""
         for slot in slots:
             del self._writing[Key(self._keys[slot])]
+            if (parent := self._parent[slot]) != NOBODY:
+                self._children[parent] -= 1
             self._release(slot)
 
     def _unpin(self, slots: Sequence[int]) -> None:
-        for slot in reversed(slots):
+        for slot in slots:
             self._pins[slot] -= 1
             if self._pins[slot] == 0:
                 if self._state[slot] == State.DOOMED:
                     self._release(slot)
                 else:
                     self._lru[slot] = None
+        self._heat(slots)
