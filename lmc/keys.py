@@ -47,7 +47,7 @@ class Namespace:
         h.update(FORMAT_VERSION.to_bytes(4, "little"))
         for item in sorted(fields.items()):
             for part in item:
-                raw = part.encode()
+                raw = part.encode("utf-8", "surrogatepass")  # a path or a salt may be any bytes
                 h.update(len(raw).to_bytes(8, "little") + raw)
         return cls(h.digest())
 
@@ -64,14 +64,16 @@ class KeyChain:
     """Keys of a growing token sequence, one per `step_tokens`, for use without an engine.
 
     `extend` hashes only the steps it completes:
-    key i = sha256(key i-1 || the step's tokens as int64 little endian).
+    key i = sha256(key i-1 || the step's tokens as int64 little endian). `root` is any bytes that
+    tell this chain from others; with the step it is digested into the key before the first.
     """
 
     def __init__(self, root: bytes = b"", step_tokens: int = 16) -> None:
         if step_tokens < 1:
             raise ValueError(f"step_tokens must be at least 1, not {step_tokens}")
         self.keys: list[Key] = []
-        self._parent = root
+        head = b"lmc-chain" + step_tokens.to_bytes(8, "little")
+        self._parent = hashlib.sha256(head + root).digest()
         self._tail = b""
         self._step_bytes = 8 * step_tokens
 
