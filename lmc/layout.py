@@ -45,7 +45,12 @@ class KVLayout:
         page, chunk = self.page_tokens, self.chunk_tokens
         if page < 1 or not self.plane_bytes or min(self.plane_bytes) < 1:
             raise ValueError(
-                f"not a KV layout: {page} tokens a page, {len(self.plane_bytes)} planes"
+                f"not a KV layout: {page} tokens a page, planes of {self.plane_bytes} bytes"
+            )
+        if self.step_tokens % page:
+            raise ValueError(
+                f"pages of {page} tokens are not supported: neither a divisor of {MIN_STEP_TOKENS} "
+                "nor more than that"
             )
         if chunk < MIN_CHUNK_TOKENS:
             raise ValueError(
@@ -54,16 +59,12 @@ class KVLayout:
             )
         if chunk % page or chunk % self.step_tokens:
             raise ValueError(
-                f"LMC_CHUNK_TOKENS={chunk}: must be a multiple of the engine's page ({page} tokens) "
-                f"and of {MIN_STEP_TOKENS}: a chunk is made of whole pages"
-            )
-        if self.step_tokens % page:
-            raise ValueError(
-                f"pages of {page} tokens do not divide {MIN_STEP_TOKENS}: not supported"
+                f"LMC_CHUNK_TOKENS={chunk}: must be a multiple of {MIN_STEP_TOKENS} and of the "
+                f"engine's page, {page} tokens: a chunk is made of whole pages"
             )
         if self.chunk_steps > MAX_CHUNK_STEPS:
             raise ValueError(
-                f"LMC_CHUNK_TOKENS={chunk}: at most {MAX_CHUNK_STEPS * self.step_tokens} "
+                f"LMC_CHUNK_TOKENS={chunk}: at most {MAX_CHUNK_STEPS * self.step_tokens} tokens "
                 f"for pages of {page} tokens"
             )
         object.__setattr__(self, "page_bytes", sum(self.plane_bytes))
