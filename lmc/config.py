@@ -7,17 +7,18 @@ not be a silent default.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from .layout import MIN_CHUNK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 KERNELS = ("auto", "cpu", "torch")
 SCHEMES = ("file",)
@@ -35,15 +36,20 @@ class TierUrl:
 
     @classmethod
     def parse(cls, text: str) -> TierUrl:
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text.strip())
+        except ValueError as error:
+            raise ValueError(f"LMC_TIERS: {text!r} is not a URL: {error}") from error
         if parts.scheme not in SCHEMES:
             raise ValueError(
                 f"LMC_TIERS: {text!r} has no known scheme; choices: {', '.join(SCHEMES)}://"
             )
+        if parts.fragment:
+            raise ValueError(f"LMC_TIERS: {text!r}: write # in a path as %23, a comma as %2C")
         return cls(
             parts.scheme,
             parts.netloc,
-            parts.path,
+            unquote(parts.path),
             dict(parse_qsl(parts.query, keep_blank_values=True)),
         )
 
@@ -113,33 +119,58 @@ class Config:
 
 
 def free_ram_bytes(
-    cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")
+    cgroup: Path = Path("/sys/fs/cgroup"),
+    meminfo: Path = Path("/proc/meminfo"),
+    groups: Path = Path("/proc/self/cgroup"),
 ) -> int:
-    """Memory this process may still take: what the cgroup leaves, or the machine, whichever is
-    less.
+    """Memory this process may still take: what its cgroups leave, or the machine, whichever is
+    less. File cache counts as free: the kernel gives it up first.
     """
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (
-            (cgroup / "memory.max").read_text().strip(),
-            (cgroup / "memory.current").read_text(),
-        )
-    except OSError:  # not a cgroup v2 leaf: the machine is the limit
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    for folder, names in _memory_cgroups(cgroup, groups):
+        with contextlib.suppress(OSError, ValueError):  # no limit here ("max"), or not a leaf
+            limit, used = (int((folder / name).read_text()) for name in names)
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            lists = ("inactive_file", "active_file")
+            cached = sum(int(stat.get(f"total_{name}", stat[name])) for name in lists)
+            free = min(free, max(0, limit - used + cached))
+    return free
+
+
+def _memory_cgroups(cgroup: Path, groups: Path) -> Iterator[tuple[Path, tuple[str, str]]]:
+    """Folders of the memory cgroups this process is in, leaf to root, with the names of their
+    limit and use, for both versions of cgroups. Inside a container the leaf may be the root.
+    """
+    files = {
+        "": (cgroup, ("memory.max", "memory.current")),
+        "memory": (cgroup / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    }
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                if controller in files:
+                    root, names = files[controller]
+                    leaf = root / path.lstrip("/")
+                    for folder in (leaf, *leaf.parents):
+                        yield folder, names
+                        if folder == root:
+                            break
 
 
 def _number(
     var: str, cast: Callable[[str], float], low: float, high: float, unit: str
 ) -> Callable[[str], float]:
+    kind = "a whole number" if cast is int else "a number"
+
     def read(text: str) -> float:
         try:
             value = cast(text)
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
-            raise ValueError(f"{var}={text!r}: must be a number from {low:g} to {high:g}{unit}")
+            raise ValueError(f"{var}={text!r}: must be {kind} from {low:g} to {high:g}{unit}")
         return value
 
     return read
@@ -179,7 +210,7 @@ _queue_mb = _number("LMC_WRITE_QUEUE_MB", float, 0, 1e6, " MB")
 _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "LMC_ENABLE": ("enable", _flag),
     "LMC_RAM_GB": ("ram_bytes", lambda text: int(_gigabytes(text) * _GB)),
-    "LMC_TIERS": ("tiers", lambda text: tuple(TierUrl.parse(url) for url in text.split(","))),
+    "LMC_TIERS": ("tiers", lambda text: tuple(map(TierUrl.parse, text.split(",")))),
     "LMC_CHUNK_TOKENS": ("chunk_tokens", _chunk_tokens),
     "LMC_SALT": ("salt", str),
     "LMC_MODEL_VERSION": ("model_version", str),

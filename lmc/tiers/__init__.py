@@ -18,6 +18,10 @@ def open_tiers(config: Config) -> list[Tier]:
     """The tiers of LMC_TIERS, in order. Raises ValueError that names the entry and what is wrong
     with it.
     """
+    places = [(url.scheme, url.host, url.path) for url in config.tiers]
+    for scheme, host, path in places:
+        if places.count((scheme, host, path)) > 1:
+            raise ValueError(f"LMC_TIERS: names {scheme}://{host}{path} more than once")
     return [_OPENERS[url.scheme](url) for url in config.tiers]
 
 
@@ -32,8 +36,8 @@ def _open_disk(url: TierUrl) -> Tier:
         raise ValueError(
             f"LMC_TIERS: file://{url.host}{url.path}: needs an absolute path, file:///folder"
         )
-    if options or not 0 < capacity < 1e6:
-        raise ValueError(f"{text}: the only option is gb=SIZE, a number above 0")
+    if options or not 0.001 <= capacity <= 1e6:
+        raise ValueError(f"{text}: the only option is gb=SIZE, a number from 0.001 to 1e+06 GB")
     try:
         return DiskTier(Path(url.path), int(capacity * _GB))
     except OSError as error:
