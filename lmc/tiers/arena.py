@@ -32,7 +32,8 @@ class Arena:
         self._map = mmap.mmap(
             -1, num_slots * self.slot_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        self._map.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         anchor = ctypes.c_char.from_buffer(self._map)
         start = -ctypes.addressof(anchor) % _HUGE
         self._base = ctypes.addressof(anchor) + start
