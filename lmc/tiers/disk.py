@@ -1,12 +1,14 @@
 """The disk tier: one framed file a chunk, written aside and renamed, found again after a restart.
 
-    ROOT/chunks/<2 hex>/<name>     0600; a tail replaced by a longer chunk becomes one more link to
-    the chunk's file ROOT/aside/<pid>.<n>           being written; left by a crash, swept at start
+    ROOT/chunks/<2 hex>/<name>      0600; a tail replaced by a longer chunk becomes one more link
+                                    to that chunk's file
+    ROOT/aside/<pid>.<token>.<n>    being written; what a crash leaves here is swept later
 
 Any number of processes, models and layouts may share ROOT: names never collide, and the byte bound
 holds for all of it together, by looking again at what is there before anything is evicted. No
 fsync: a kill loses nothing that was renamed, a power cut costs misses (frames are checked by the
-reader). State is guarded by one lock, never held during data I/O.
+reader). State is guarded by one lock, never held during data I/O; it is kept in plain numbers and
+bytes, which do not feed the garbage collector.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import errno
 import itertools
 import os
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -27,19 +30,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_TOUCH_EVERY_S = 60.0
-_STALE_ASIDE_S = 3600.0
-
-
-class _File:
-    """One inode: its size, the names that lead to it, when its time of use was last written
-    down.
-    """
-
-    __slots__ = ("names", "num_bytes", "used")
-
-    def __init__(self, num_bytes: int, names: list[Name], used: float) -> None:
-        self.num_bytes, self.names, self.used = num_bytes, names, used
+_SAVE_EVERY_NS = 60 * 10**9
+_STALE_ASIDE_S = 600.0
+_SPOILT = (errno.EIO, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 class DiskTier:
@@ -55,63 +48,65 @@ class DiskTier:
         self._root, self._capacity = root, capacity_bytes
         self._chunks, self._aside = root / "chunks", root / "aside"
         self._lock = threading.Lock()  # guards all below
-        self._index: dict[Name, _File] = {}
-        self._lru: OrderedDict[int, _File] = OrderedDict()  # by id, coldest first
+        self._index: dict[Name, int] = {}  # name -> file, by its inode number
+        self._names: OrderedDict[int, bytes] = OrderedDict()  # file -> joined names; coldest first
+        self._sizes: dict[int, int] = {}
+        self._used: dict[int, int] = {}  # file -> last use, ns
+        self._saved: dict[int, int] = {}  # file -> last use as its modification time tells it, ns
         self._total_bytes = 0
         self._unseen_bytes = 0  # written since the last look at what is there
+        self._looking = False
+        self._since_look: dict[Name, tuple[int, int]] = {}  # names new while one looks
         self._serial = itertools.count()
-        for folder in (root, self._chunks, self._aside):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._token = f"{os.getpid()}.{os.urandom(4).hex()}"
+        self._make_folders()
         for folder in (self._chunks, self._aside):
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "cannot be read and written", str(folder))
-        self._sweep()
-        self._rescan()
+        self._look()
 
     # --- verbs
 
     def probe(self, names: Sequence[Name]) -> int:
-        for n, name in enumerate(names):
+        run = 0
+        while True:
             with self._lock:
-                file = self._index.get(name)
-                if file is not None:
-                    self._lru.move_to_end(id(file))
-            if file is None and not self._adopt(name):
-                return n
-            if file is not None:
-                self._touch(name, file)
-        return len(names)
+                while run < len(names) and names[run] in self._index:
+                    run += 1
+            if run == len(names) or not self._adopt(names[run]):
+                break
+        self._use(names[:run])
+        return run
 
     def read(self, name: Name, into: memoryview) -> int:
         try:
-            return self._read(name, into, _DIRECT)
+            return self._read(name, into)
         except FileNotFoundError:
-            self._unlist(name)
+            with self._lock:
+                self._discard(name)
             return 0
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        return self._read(name, into, 0)  # no direct I/O on this file system, or for this memory
+            if error.errno in _SPOILT:  # this file will not get better: make room for a new one
+                with contextlib.suppress(OSError):
+                    self.forget(name)
+            raise
 
     def write(self, name: Name, blob: memoryview, shorter: Sequence[Name] = ()) -> None:
+        if len(blob) > self._capacity:
+            return  # would push out everything else, and itself
         with self._lock:
             known = name in self._index
-        if not known:
-            aside = self._write_aside(blob)
-            try:
-                os.rename(aside, self._make_path(name))
-            except OSError:
-                aside.unlink(missing_ok=True)
-                raise
-            self._enlist(name, len(blob))
+        if not known and not self._adopt(name):
+            self._create(name, blob)
         for alias in shorter:
             self._replace(alias, name)
         self._evict()
 
     def forget(self, name: Name) -> None:
         with self._lock:
-            file = self._index.get(name)
-        self._remove(file if file is not None else _File(0, [name], 0.0))
+            inode = self._index.get(name)
+            names = [name] if inode is None else self._take_out(inode)
+        self._unlink(names)
 
     def close(self) -> None:
         pass
@@ -122,104 +117,143 @@ class DiskTier:
         text = name.hex()
         return self._chunks / text[:2] / text
 
-    def _make_path(self, name: Name) -> Path:
-        path = self._path(name)
-        for folder in (self._chunks, path.parent):  # the first is missing if somebody removed it
-            folder.mkdir(mode=0o700, exist_ok=True)
-        return path
-
     def _aside_path(self) -> Path:
-        return self._aside / f"{os.getpid()}.{next(self._serial)}"
+        return self._aside / f"{self._token}.{next(self._serial)}"
 
-    def _read(self, name: Name, into: memoryview, direct: int) -> int:
+    def _make_folders(self, *more: Path) -> None:
+        """Also when somebody has removed them under us."""
+        for folder in (self._root, self._chunks, self._aside, *more):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _read(self, name: Name, into: memoryview) -> int:
+        try:
+            return self._read_file(name, into, _DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return self._read_file(name, into, 0)  # no direct I/O here, or not for this memory
+
+    def _read_file(self, name: Name, into: memoryview, direct: int) -> int:
         fd = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | direct)
         try:
             size = os.fstat(fd).st_size
             wanted, done = min(size, len(into)), 0
             while done < wanted:
                 n = os.preadv(fd, [into[done : done + _even(wanted - done)]], done)
-                if n == 0:
-                    return done
+                if n == 0:  # cut while we read
+                    size = done
+                    break
                 done += n
-            return size
         finally:
             os.close(fd)
+        if size == 0:
+            self.forget(name)  # cut to nothing: as good as not here, and in the way of a new one
+        return size
 
-    def _write_aside(self, blob: memoryview) -> Path:
+    def _create(self, name: Name, blob: memoryview) -> None:
+        path = self._path(name)
+        try:
+            aside, inode = self._write_aside(blob)
+        except FileNotFoundError:
+            self._make_folders()
+            aside, inode = self._write_aside(blob)
+        try:
+            try:
+                os.rename(aside, path)
+            except FileNotFoundError:
+                self._make_folders(path.parent)
+                os.rename(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        with self._lock:
+            self._take_out(inode)  # if known, then as a file that somebody else has removed
+            self._add(name, inode, len(blob), time.time_ns())
+            self._saved[inode] = 0  # the first use is written down, and with it the chain's order
+            self._unseen_bytes += len(blob)
+
+    def _write_aside(self, blob: memoryview) -> tuple[Path, int]:
         try:
             return self._write_file(blob, _DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-        return self._write_file(blob, 0)
+        return self._write_file(blob, 0)  # no direct I/O here, or not for this memory
 
-    def _write_file(self, blob: memoryview, direct: int) -> Path:
+    def _write_file(self, blob: memoryview, direct: int) -> tuple[Path, int]:
         path = self._aside_path()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | direct
         try:
             fd = os.open(path, flags, 0o600)
-        except FileNotFoundError:  # somebody removed the folder under us
-            self._aside.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._chunks.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(path, flags, 0o600)
-        try:
-            done = 0
-            while done < len(blob):
-                done += os.pwrite(fd, blob[done:], done)
+            try:
+                done = 0
+                while done < len(blob):
+                    done += os.pwrite(fd, blob[done:], done)
+                return path, os.fstat(fd).st_ino
+            finally:
+                os.close(fd)
         except OSError:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # even a refused open may have made the file
             raise
-        finally:
-            os.close(fd)
-        return path
 
     def _replace(self, alias: Name, name: Name) -> None:
         """Let a tail's name lead to the longer chunk; the tail's bytes go."""
         with self._lock:
             old, new = self._index.get(alias), self._index.get(name)
-            if old is None or new is None or old is new:
+            if old is None or new is None or old == new:
                 return
+            num_bytes = self._sizes[new]
         link = self._aside_path()
         try:
-            os.link(self._path(name), link)
+            os.link(self._path(name), link, follow_symlinks=False)
             os.rename(link, self._path(alias))
-        except (
-            OSError
-        ):  # no hard links here, or the file has just gone: the tail stays, which is only room
-            link.unlink(missing_ok=True)
+        except OSError:  # no hard links here, or just gone: the tail stays, which is only room
             return
+        finally:
+            # still there after a failure, and where both already were links to one file
+            link.unlink(missing_ok=True)
         with self._lock:
-            if self._index.get(alias) is old:
-                self._unname(alias, old)
-            new.names.append(alias)
-            self._index[alias] = new
+            self._add(alias, new, num_bytes, self._used.get(new, 0))
 
-    # --- what is here
+    def _unlink(self, names: Sequence[Name]) -> None:
+        for name in names:
+            self._path(name).unlink(missing_ok=True)
 
-    def _enlist(self, name: Name, num_bytes: int) -> None:
-        with self._lock:
-            file = _File(num_bytes, [name], time.time())
-            if (
-                old := self._index.get(name)
-            ) is not None:  # written twice at once: the rename replaced it
-                self._unname(name, old)
-            self._index[name] = file
-            self._lru[id(file)] = file
+    # --- what is here; `_add`, `_discard` and `_take_out` under the lock
+
+    def _add(self, name: Name, inode: int, num_bytes: int, used: int) -> None:
+        """`name` leads to this file."""
+        self._discard(name)
+        if self._sizes.get(inode, num_bytes) != num_bytes:
+            self._take_out(inode)  # the number of a file that is gone was given to another
+        if inode not in self._names:
+            self._names[inode] = b""
+            self._sizes[inode] = num_bytes
+            self._used[inode] = self._saved[inode] = used
             self._total_bytes += num_bytes
-            self._unseen_bytes += num_bytes
+        self._names[inode] += name
+        self._index[name] = inode
+        if self._looking:
+            self._since_look[name] = (inode, num_bytes)
 
-    def _unname(self, name: Name, file: _File) -> None:
-        """One name less; with the last the file is gone. Under the lock."""
-        if name in file.names:
-            file.names.remove(name)
-            self._index.pop(name, None)
-            if not file.names and self._lru.pop(id(file), None) is not None:
-                self._total_bytes -= file.num_bytes
+    def _discard(self, name: Name) -> None:
+        """`name` leads nowhere; with its last name a file is gone."""
+        inode = self._index.pop(name, None)
+        if inode is not None:
+            rest = [other for other in _split(self._names[inode]) if other != name]
+            self._names[inode] = b"".join(rest)
+            if not rest:
+                self._take_out(inode)
 
-    def _unlist(self, name: Name) -> None:
-        with self._lock:
-            if (file := self._index.get(name)) is not None:
-                self._unname(name, file)
+    def _take_out(self, inode: int) -> list[Name]:
+        """Forget a file; returns its names."""
+        names = _split(self._names.pop(inode, b""))
+        for name in names:
+            del self._index[name]
+        if inode in self._sizes:
+            self._total_bytes -= self._sizes.pop(inode)
+            del self._used[inode], self._saved[inode]
+        return names
 
     def _adopt(self, name: Name) -> bool:
         """A file that another process wrote after we looked."""
@@ -227,91 +261,102 @@ class DiskTier:
             found = os.stat(self._path(name), follow_symlinks=False)
         except OSError:
             return False
-        self._enlist(name, found.st_size)
+        if not (stat.S_ISREG(found.st_mode) and found.st_size):
+            return False
+        with self._lock:
+            self._add(name, found.st_ino, found.st_size, found.st_mtime_ns)
         return True
 
-    def _touch(self, name: Name, file: _File) -> None:
-        """Write the time of use down, so that the LRU outlives us; not more than once a minute."""
-        now = time.time()
-        if now - file.used > _TOUCH_EVERY_S:
-            file.used = now
+    def _use(self, names: Sequence[Name]) -> None:
+        """A chain was used: its beginning goes last. Times are written down, so that the order
+        outlives us; not more than once a minute.
+        """
+        now, due = time.time_ns(), []
+        with self._lock:
+            for n, name in enumerate(reversed(names)):
+                if (inode := self._index.get(name)) is not None:
+                    self._names.move_to_end(inode)
+                    self._used[inode] = now + n * 1000
+                    if now - self._saved[inode] > _SAVE_EVERY_NS:
+                        self._saved[inode] = now + n * 1000
+                        due.append((name, now + n * 1000))
+        for name, used in due:
             with contextlib.suppress(OSError):
-                os.utime(self._path(name), (now, now), follow_symlinks=False)
+                os.utime(self._path(name), ns=(used, used), follow_symlinks=False)
 
     def _evict(self) -> None:
         """Stay within the bound, coldest first. Others may have written or evicted too, so look
         before judging.
         """
         with self._lock:
-            over = self._total_bytes > self._capacity
             look = self._unseen_bytes > self._capacity // 16
         if look:
-            self._rescan()
-        elif not over:
-            return
+            self._look()
         while True:
             with self._lock:
-                if self._total_bytes <= self._capacity or not self._lru:
+                if self._total_bytes <= self._capacity:
                     return
-                file = next(iter(self._lru.values()))
-            self._remove(file)
+                names = self._take_out(next(iter(self._names)))
+            self._unlink(names)
 
-    def _remove(self, file: _File) -> None:
-        for name in list(file.names):
-            with contextlib.suppress(FileNotFoundError):
-                self._path(name).unlink()
-            self._unlist(name)
-
-    def _rescan(self) -> None:
-        """Learn what is in the folder, by whomever; the order of use is the order of modification
-        times.
-        """
-        found: dict[int, tuple[float, _File]] = {}
-        for entry in self._entries():
-            with contextlib.suppress(OSError):
-                stat = entry.stat(follow_symlinks=False)
-                file = found.setdefault(
-                    stat.st_ino, (stat.st_mtime, _File(stat.st_size, [], stat.st_mtime))
-                )[1]
-                file.names.append(Name(bytes.fromhex(entry.name)))
+    def _look(self) -> None:
+        """Learn what is in the folder, by whomever, and when it was last used, here or there."""
         with self._lock:
-            order = {id(file): n for n, file in enumerate(self._lru.values())}
-            rank = {
-                name: order[id(file)] for name, file in self._index.items() if id(file) in order
-            }
-            files = sorted(found.values(), key=lambda item: item[0])
-            if rank:  # what we know of the order is finer than the clock of the files
-                files.sort(
-                    key=lambda item: max(
-                        (rank.get(name, len(rank)) for name in item[1].names), default=0
-                    )
-                )
-            self._index = {name: file for _, file in files for name in file.names}
-            self._lru = OrderedDict((id(file), file) for _, file in files)
-            self._total_bytes = sum(file.num_bytes for _, file in files)
-            self._unseen_bytes = 0
-
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
+            if self._looking:
+                return
+            self._looking = True
+            self._since_look.clear()
         try:
-            folders = list(os.scandir(self._chunks))
-        except FileNotFoundError:
-            return
-        for folder in folders:
+            self._sweep()
+            found = list(self._files())
+        finally:
+            with self._lock:
+                self._looking = False
+        with self._lock:
+            used = self._used
+            new = [(name, inode, size, 0) for name, (inode, size) in self._since_look.items()]
+            self._index, self._names, self._sizes = {}, OrderedDict(), {}
+            self._used, self._saved = {}, {}
+            self._total_bytes = self._unseen_bytes = 0
+            found.sort(key=lambda file: max(file[3], used.get(file[1], 0)))
+            for name, inode, num_bytes, modified in found + new:
+                self._add(name, inode, num_bytes, modified)
+                self._used[inode] = max(modified, used.get(inode, 0))
+
+    def _files(self) -> Iterator[tuple[Name, int, int, int]]:
+        """Name, inode, size and time of modification of every chunk file."""
+        for folder in _scan(self._chunks):
             if folder.is_dir(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-                    for entry in entries:
-                        if len(entry.name) == 2 * KEY_BYTES and entry.is_file(
-                            follow_symlinks=False
-                        ):
-                            yield entry
+                for entry in _scan(folder):
+                    with contextlib.suppress(OSError, ValueError):
+                        name = Name(bytes.fromhex(entry.name))
+                        ours = len(name) == KEY_BYTES and entry.name == folder.name + name.hex()[2:]
+                        found = entry.stat(follow_symlinks=False)
+                        if ours and stat.S_ISREG(found.st_mode) and found.st_size:
+                            yield name, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _sweep(self) -> None:
-        """Remove what writers that are no more have left aside."""
-        for entry in os.scandir(self._aside):
-            with contextlib.suppress(OSError, ValueError):
-                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_ASIDE_S
-                if old or not _alive(int(entry.name.split(".")[0])):
+        """Remove what a crash has left aside. Only its age tells: a writer may be in another
+        container, where process numbers mean something else.
+        """
+        for entry in _scan(self._aside):
+            with contextlib.suppress(OSError):
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                if age > _STALE_ASIDE_S:
                     os.unlink(entry.path)
+
+
+def _scan(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing if it is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _split(joined: bytes) -> list[Name]:
+    return [Name(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
 
 
 def _even(num_bytes: int) -> int:
@@ -319,13 +364,3 @@ def _even(num_bytes: int) -> int:
     be.
     """
     return -(-num_bytes // 4096) * 4096
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

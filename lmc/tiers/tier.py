@@ -26,7 +26,9 @@ class Tier(Protocol):
     """Whether blobs outlive the process."""
 
     def probe(self, names: Sequence[Name]) -> int:
-        """How many leading names are here; counts as a use of them."""
+        """How many leading names are here; counts as a use of them, of the first as the last: a
+        chain is let go from its end.
+        """
         ...
 
     def read(self, name: Name, into: memoryview) -> int:
