@@ -54,7 +54,15 @@ class Ranks:
             if group
             else (0, 1)
         )
-        return cls(rank, size, size, max(1, server_args.tp_size // server_args.nnodes))
+        return cls(rank, size, size, _ranks_of_a_machine(server_args))
+
+
+def _ranks_of_a_machine(server_args: Any) -> int:
+    """With DP attention the data-parallel ranks are tensor-parallel ranks too; else they are whole
+    replicas.
+    """
+    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+    return max(1, server_args.tp_size * replicas // server_args.nnodes)
 
 
 def namespace_of(

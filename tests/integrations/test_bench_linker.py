@@ -2,8 +2,8 @@
 
     pytest tests/integrations/test_bench_linker.py --benchmark-enable -s
 
-The times are the linker's own counters, so waiting for SGLang is not in them. Targets: 1 ms a request at 2k tokens,
-5 ms at 128k, 50 us for a repeated miss.
+The times are the linker's own counters, so waiting for SGLang is not in them. Targets: 1 ms a
+request at 2k tokens, 5 ms at 128k, 50 us for a repeated miss.
 """
 
 from __future__ import annotations

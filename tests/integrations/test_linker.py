@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from tests.integrations.conftest import make_model
+from tests.integrations.fixtures import make_model
 from tests.integrations.harness import DIM, HEADS, LAYERS, Request, tokens
 
 CHUNK_BYTES = 4096 + 2 * LAYERS * HEADS * DIM * 4 * 256
