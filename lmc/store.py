@@ -14,12 +14,14 @@ commit).
 
 from __future__ import annotations
 
+import itertools
 import time
+from bisect import insort
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .keys import KEY_BYTES, Key, Namespace
+from .keys import KEY_BYTES, Key, Name, Namespace
 from .stats import Stats
 from .tiers.arena import Arena
 from .tiers.frame import Damaged, blob_bytes, seal, verify
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from .tiers.tier import Tier
 
 SPILL_GROUP = 8
-"""Chunks a spill job writes: few jobs for the owner, enough of them for the threads."""
+"""Chunks a spill job writes at most: few jobs for the owner, enough of them for the threads."""
 TICKET_LIFE_S = 60.0
 """Staged chunks nobody asked for are let go after this."""
 
@@ -55,8 +57,9 @@ class Ticket:
     `close`.
     """
 
-    def __init__(self, store: TieredStore, keys: Sequence[Key]) -> None:
+    def __init__(self, store: TieredStore, keys: Sequence[Key], serial: int) -> None:
         self.keys = keys
+        self.serial = serial
         self.created = time.monotonic()
         self.closed = False
         self._store = store
@@ -102,13 +105,21 @@ class TieredStore:
             )
         self.layout, self.namespace = layout, namespace
         self.stats = stats or Stats()
-        self.arena = Arena(slots, layout.chunk_bytes)
+        try:
+            self.arena = Arena(slots, layout.chunk_bytes)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"LMC_RAM_GB: {ram_bytes / 1e9:.3f} GB for a rank: {error}") from error
         self.ram = RamTier(self.arena, layout.chunk_steps)
         self._done = Completions()
-        bound = min(write_queue_bytes, slots * self.arena.slot_bytes // 4)  # queued writes hold RAM
+        # queued writes hold RAM: no more than a quarter of it, but room for one chunk
+        bound = min(write_queue_bytes, max(1, slots // 4) * slot_bytes)
+        self._spill_group_chunks = max(1, min(SPILL_GROUP, bound // slot_bytes))
         self._guards = [Guard(tier, self._done, self.stats, io_threads, bound) for tier in tiers]
         self._fetching: dict[Key, list[Ticket]] = {}
-        self._queue: deque[Ticket] = deque()  # tickets with targets to fetch, in order of arrival
+        self._num_fetching = 0  # slots being read into, those of an older namespace included
+        self._queue: list[Ticket] = []  # tickets with targets to fetch, in order of arrival
+        self._arrivals = itertools.count()
+        self._closed = False
         self._tickets: deque[Ticket] = deque()  # all open ones, oldest first
         self._staged: Counter[int] = Counter()  # slots held by tickets
         self._max_staged = max(1, slots // 2)
@@ -121,7 +132,7 @@ class TieredStore:
         """
         spans = self.ram.find(keys)
         self.ram.touch(spans)
-        ticket = Ticket(self, keys)
+        ticket = Ticket(self, keys, next(self._arrivals))
         if keys:
             self._plan(ticket, 0, sum(span.steps for span in spans))
         self._tickets.append(ticket)
@@ -169,9 +180,12 @@ class TieredStore:
         """The weights changed: nothing stored so far is found again, and lasting tiers get nothing
         more from here.
         """
-        self.namespace = self.namespace.next_generation()
+        for ticket in list(self._tickets):
+            ticket._targets.clear()
         for ticket in list(self._tickets):
             ticket.close()
+        self.namespace = self.namespace.next_generation()
+        self._fetching.clear()  # what is on its way arrives for nobody
         self.ram.clear()
         self.stats.add("generations")
 
@@ -196,11 +210,19 @@ class TieredStore:
         }
 
     def close(self, drain_s: float = 30.0) -> None:
-        """Let what is queued land, for at most `drain_s`, and give everything back."""
+        """Let what is queued land, for at most `drain_s`, and give everything back. May be called
+        again.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        deadline = time.monotonic() + drain_s
+        for ticket in list(self._tickets):
+            ticket._targets.clear()
         for ticket in list(self._tickets):
             ticket.close()
         for guard in self._guards:
-            guard.close(self._done, drain_s)
+            guard.close(max(0.0, deadline - time.monotonic()))
         self.arena.close()
 
     # --- down
@@ -209,8 +231,8 @@ class TieredStore:
         self.stats.add("ram.stored", len(slots))
         for guard in self._guards:
             if self._reaches(guard):
-                for i in range(0, len(slots), SPILL_GROUP):
-                    self._spill_group(guard, slots[i : i + SPILL_GROUP])
+                for i in range(0, len(slots), self._spill_group_chunks):
+                    self._spill_group(guard, slots[i : i + self._spill_group_chunks])
 
     def _spill_group(self, guard: Guard, slots: Sequence[int]) -> None:
         lease = self.ram.pin_slots(slots)
@@ -221,11 +243,14 @@ class TieredStore:
         num_bytes = sum(blob_bytes(layout, span.total) for span in lease.spans)
 
         def write(tier: Tier) -> int:
+            written: list[Name] = []
             for view, joined in work:
                 keys = [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
                 names = [namespace.fold(key) for key in keys]
                 tier.write(names[-1], seal(view, namespace, keys, layout), names[:-1])
-            return len(work)
+                written.append(names[-1])
+            # a use of all of them: written from its beginning, a chain is let go from its end
+            return tier.probe(written)
 
         def landed(written: int | None) -> None:
             self.stats.add(f"{guard.name}.written", written or 0)
@@ -248,7 +273,7 @@ class TieredStore:
         """
         if tier == len(self._guards):
             if ticket._targets:
-                self._queue.append(ticket)
+                insort(self._queue, ticket, key=lambda queued: queued.serial)
                 self._pump()
             return None
         guard = self._guards[tier]
@@ -270,6 +295,9 @@ class TieredStore:
         def work(t: Tier) -> list[int]:
             return _found_below(t, namespace, keys, have, layout.chunk_steps)
 
+        if have == len(keys):  # RAM has all of it: the tier hears of the use, nobody waits for that
+            guard.read(work, lambda _: None)
+            return self._plan(ticket, tier + 1, have)
         ticket._planning = guard.read(work, planned)
         if not ticket._planning:
             self._plan(ticket, tier + 1, have)
@@ -284,32 +312,44 @@ class TieredStore:
         while self._queue:
             ticket = self._queue[0]
             while ticket._targets:
-                if len(self._staged) + len(self._fetching) >= self._max_staged:
+                if len(self._staged) + self._num_fetching >= self._max_staged:
                     if not (ticket._held or ticket._coming):
                         return
                     ticket._targets.clear()
                 elif not self._fetch(ticket, ticket._targets.popleft()):
                     ticket._targets.clear()
-            self._queue.popleft()
+            self._queue.remove(ticket)
 
     def _fetch(self, ticket: Ticket, target: _Target) -> bool:
         """Bring one chunk up, or join the request that already does; False if that cannot be."""
-        if target.key in self.ram:
+        if self._hold(ticket, target):
             return True
-        if (waiting := self._fetching.get(target.key)) is None:
+        waiting = self._fetching.get(target.key)
+        if waiting is None:
             lease = self.ram.reserve([Chunk((target.key,), target.parent)])
             if not lease:  # no room, or an engine is just storing it
                 return False
-            waiting = self._fetching[target.key] = []
-            if not self._read(target, lease):
-                del self._fetching[target.key]
+            waiting = []
+            if not self._read(target, lease, waiting):
                 lease.abort()
                 return False
+            self._fetching[target.key] = waiting
+            self._num_fetching += 1
+        elif target.guard.resting():  # it may be the one that hangs
+            return False
         waiting.append(ticket)
         ticket._coming.add(target.key)
         return True
 
-    def _read(self, target: _Target, lease: WriteLease) -> bool:
+    def _hold(self, ticket: Ticket, target: _Target) -> bool:
+        """Pin a chunk for a ticket until it is closed; False if RAM does not have it."""
+        spans = self.ram.find([target.key], target.end - 1)
+        if spans:
+            ticket._held.append(self.ram.pin(spans))
+            self._staged[spans[0].slot] += 1
+        return bool(spans)
+
+    def _read(self, target: _Target, lease: WriteLease, waiting: list[Ticket]) -> bool:
         namespace, layout, view = self.namespace, self.layout, self.arena.view(lease.slots[0])
         steps = (target.end - 1) % layout.chunk_steps + 1
 
@@ -317,29 +357,27 @@ class TieredStore:
             return _read_verified(tier, view, namespace, layout, target.key, steps)
 
         def arrived(result: tuple[Key, ...] | str | None) -> None:
+            self._num_fetching -= 1
             if isinstance(result, tuple):
                 self.stats.add(f"{target.guard.name}.hit")
                 lease.commit([Chunk(result, target.parent)])
             else:
                 self.stats.add(f"{target.guard.name}.miss.{result or 'error'}")
                 lease.abort()
-            self._hand_out(target)
+            self._hand_out(target, waiting)
 
         return target.guard.read(work, arrived)
 
-    def _hand_out(self, target: _Target) -> None:
+    def _hand_out(self, target: _Target, waiting: list[Ticket]) -> None:
         """A chunk came, or did not: pin it for those who wait, or tell them that nothing beyond it
         will help.
         """
-        for ticket in self._fetching.pop(target.key):
+        if self._fetching.get(target.key) is waiting:
+            del self._fetching[target.key]
+        for ticket in waiting:
             ticket._coming.discard(target.key)
-            if ticket.closed:
-                continue
-            if not (spans := self.ram.find([target.key], target.end - 1)):
+            if not ticket.closed and not self._hold(ticket, target):
                 ticket._targets.clear()
-                continue
-            ticket._held.append(self.ram.pin(spans))
-            self._staged[spans[0].slot] += 1
         self._pump()
 
     def _close_ticket(self, ticket: Ticket) -> None:
@@ -368,13 +406,14 @@ def _found_below(
         namespace.fold(keys[i + chunk_steps - 1])
         for i in range(0, len(keys) - chunk_steps + 1, chunk_steps)
     ]
-    tier.probe(names[:first])
     run = first + tier.probe(names[first:])
     ends = [(i + 1) * chunk_steps for i in range(first, run)]
     begin = run * chunk_steps
     for end in range(min(len(keys), begin + chunk_steps - 1), max(begin, have), -1):
         if tier.probe([namespace.fold(keys[end - 1])]):
-            return [*ends, end]
+            ends.append(end)
+            break
+    tier.probe(names[:run])  # the beginning was used last
     return ends
 
 
@@ -391,6 +430,5 @@ def _read_verified(
     try:
         return verify(slot, size, namespace, key, steps, layout)
     except Damaged as damaged:
-        if damaged.cause != "version":  # a newer lmc may still want that one
-            tier.forget(name)
+        tier.forget(name)  # a newer lmc's own chunks have other names: the version is part of them
         return damaged.cause

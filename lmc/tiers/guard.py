@@ -3,8 +3,8 @@
 Every tier has its own threads and two lanes, reads before writes, so a tier that hangs holds up
 nobody else. A job runs on a tier thread; what its end means runs on the owner's thread, in
 `Completions.run`. An exception is counted by cause; several in a row, or a job that outstays its
-time, rest the tier: nothing is sent to it for a while, and writes that wait for it are dropped. A
-thread that hangs keeps the memory it was lent until it comes back.
+time, rest the tier: nothing is sent to it for a while, and what waits for it is dropped. A thread
+that hangs keeps the memory it was lent until it comes back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_ERRORS = 5
 REST_S = 10.0
 JOB_TIMEOUT_S = 30.0
+_GRACE_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -36,9 +37,9 @@ class _Job:
     work: Callable[[Tier], Any]
     then: Callable[[Any], None]
     num_bytes: int = 0
-    started: float = 0.0
+    started: float | None = None
     result: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Completions:
@@ -53,19 +54,18 @@ class Completions:
     def run(self, timeout_s: float = 0.0) -> int:
         """Run what finished jobs mean; with a timeout, wait for the first. Returns how many there
         were.
+
+        No more than were there to begin with: what they start may finish as fast as we look.
         """
         count = 0
-        while True:
+        for _ in range(max(1, self._done.qsize())):
             try:
-                guard, job = (
-                    self._done.get(timeout=timeout_s)
-                    if timeout_s and not count
-                    else self._done.get_nowait()
-                )
+                guard, job = self._done.get(timeout=0.0 if count else max(0.0, timeout_s))
             except queue.Empty:
-                return count
+                break
             count += 1
             guard.finish(job)
+        return count
 
 
 class Guard:
@@ -89,10 +89,11 @@ class Guard:
         self._wake = threading.Condition()  # guards both lanes and _closing
         self._closing = False
         self._running: set[_Job] = set()  # submitted and not finished
+        self._on_thread: list[_Job | None] = [None] * threads  # each thread writes its own place
         self._errors_in_a_row, self._rest_until = 0, 0.0
         self._threads = [
-            threading.Thread(target=self._work, daemon=True, name=f"lmc-{tier.name}")
-            for _ in range(threads)
+            threading.Thread(target=self._work, args=(n,), daemon=True, name=f"lmc-{tier.name}-{n}")
+            for n in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -106,7 +107,8 @@ class Guard:
         now = self._clock()
         if now < self._rest_until:
             return True
-        if any(job.started and now - job.started > JOB_TIMEOUT_S for job in self._running):
+        starts = [job.started for job in self._on_thread if job is not None]
+        if any(start is not None and now - start > JOB_TIMEOUT_S for start in starts):
             self._rest(f"a job has been running for more than {JOB_TIMEOUT_S:.0f} s", "timeout")
             return True
         return False
@@ -139,33 +141,42 @@ class Guard:
         """What the end of a job means; on the owner's thread."""
         self._running.discard(job)
         self.write_bytes -= job.num_bytes
-        if job.error is None:
-            self._errors_in_a_row = 0
-        else:
+        if job.error is not None:
             self._failed(job.error)
+        elif job.started is not None:  # not one that was dropped
+            self._errors_in_a_row = 0
         job.then(job.result)
 
-    def close(self, done: Completions, drain_s: float) -> None:
-        """Let queued writes land for at most `drain_s`, then drop the rest and let the threads
-        go.
+    def close(self, drain_s: float) -> None:
+        """Let what is queued land for at most `drain_s`, then drop the rest and let the threads
+        go. What a tier is still busy with then is left to it.
         """
         deadline = self._clock() + drain_s
         while self._running and self._clock() < deadline and not self.resting():
-            done.run(timeout_s=0.05)
-        self._drop_queued(self._writes, "closing")
-        self._drop_queued(self._reads, "closing")
+            self._done.run(timeout_s=0.05)
+        self._drop_queued("closing")
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=max(0.1, deadline - self._clock()))
-        done.run()
-        if any(thread.is_alive() for thread in self._threads):
-            log.warning("tier %s: still busy at close; its files are left as they are", self.name)
-            return
-        self._call(_Job(lambda tier: tier.close(), lambda _: None))
+        closer = threading.Thread(target=self._close_tier, daemon=True, name=f"lmc-{self.name}")
+        closer.start()
+        closer.join(timeout=_GRACE_S if self.resting() else max(_GRACE_S, deadline - self._clock()))
+        if closer.is_alive():
+            log.warning("tier %s: still busy at close", self.name)
+            self._stats.add(f"{self.name}.error.close_timeout")
+        while self._done.run():
+            pass
 
-    def _failed(self, error: Exception) -> None:
+    def _close_tier(self) -> None:
+        """No verb is called after close: a thread that hangs keeps its tier open."""
+        for thread in self._threads:
+            thread.join()
+        job = _Job(lambda tier: tier.close(), lambda _: None)
+        self._call(job)
+        if job.error is not None:
+            self._done.put(self, job)
+
+    def _failed(self, error: BaseException) -> None:
         cause = (
             errno.errorcode.get(error.errno or 0, "OSError")
             if isinstance(error, OSError)
@@ -180,13 +191,13 @@ class Guard:
         self._rest_until, self._errors_in_a_row = self._clock() + REST_S, 0
         self._stats.add(f"{self.name}.rested.{cause}")
         log.warning("tier %s rests for %.0f s: %s", self.name, REST_S, why)
-        self._drop_queued(self._writes, "resting")
-        self._drop_queued(self._reads, "resting")
+        self._drop_queued("resting")
 
-    def _drop_queued(self, lane: deque[_Job], why: str) -> None:
+    def _drop_queued(self, why: str) -> None:
         with self._wake:
-            jobs = list(lane)
-            lane.clear()
+            jobs = [*self._reads, *self._writes]
+            self._reads.clear()
+            self._writes.clear()
         for job in jobs:
             self._stats.add(f"{self.name}.dropped.{why}")
             self._done.put(self, job)
@@ -197,7 +208,7 @@ class Guard:
             lane.append(job)
             self._wake.notify()
 
-    def _work(self) -> None:
+    def _work(self, n: int) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._reads or self._writes or self._closing)
@@ -205,11 +216,13 @@ class Guard:
                     return
                 job = (self._reads or self._writes).popleft()
             job.started = self._clock()
+            self._on_thread[n] = job
             self._call(job)
+            self._on_thread[n] = None
             self._done.put(self, job)
 
     def _call(self, job: _Job) -> None:
         try:
             job.result = job.work(self._tier)
-        except Exception as error:  # noqa: BLE001 - the boundary: whatever a tier does wrong is a miss
+        except BaseException as error:  # noqa: BLE001 - the boundary: whatever a tier does wrong is a miss
             job.error = error
