@@ -36,6 +36,7 @@ def results(**cached: int) -> demo.Results:
 def finished(of: demo.Results) -> demo.Demo:
     shown = object.__new__(demo.Demo)
     shown.results, shown.page_size, shown.prompts = of, 64, [[0] * 2000] * 2
+    shown.chat = [{"prompt_tokens": n, "cached_tokens": n - 70} for n in (2000, 2080, 2200)]
     return shown
 
 
@@ -63,17 +64,19 @@ def test_one_differing_token_is_an_error() -> None:
         finished(differing).check()
 
 
+def test_a_chat_that_forgets_is_an_error() -> None:
+    forgetful = finished(results())
+    forgetful.chat[2]["cached_tokens"] = 1984
+    with pytest.raises(demo.DemoError, match=r"chat: 1984 tokens.* all 2048"):
+        forgetful.check()
+
+
 def test_little_disk_is_said_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(demo.DemoError, match=r"0\.9 GB of free disk.*--out"):
         demo.prepare(tmp_path / "out")
-
-
-def test_a_folder_that_a_tier_url_cannot_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(demo.DemoError, match="--out"):
-        demo.prepare(tmp_path / "one,two")
 
 
 def test_a_port_in_use_is_said_with_what_to_do() -> None:
