@@ -62,7 +62,7 @@ def _ranks_of_a_machine(server_args: Any) -> int:
     replicas.
     """
     replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
-    return max(1, server_args.tp_size * replicas // server_args.nnodes)
+    return max(1, int(server_args.tp_size * replicas // server_args.nnodes))
 
 
 def namespace_of(

@@ -14,6 +14,7 @@ when weights change.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ from lmc.transfer import Copier, Job, Piece, resolve
 
 from . import compat, pools
 from .identity import Ranks, namespace_of
+
+log = logging.getLogger("lmc")
 
 CLOSE_DRAIN_S = 60.0
 
@@ -67,6 +70,14 @@ class StepKeys(Sequence[Key]):
             chosen = self._digests[at.start : at.stop : at.step]
             return list(map(_decode, chosen))
         return _decode(self._digests[self._at[i]])
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A request that may still be looked up."""
+
+    ticket: Ticket
+    waited: bool = False
 
 
 @dataclass(slots=True)
@@ -122,18 +133,19 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._ranks = ranks
         self._stage_wait_s = config.stage_wait_s
         self._copier = Copier(pool.pages, resolve(config.kernels, pool.pages.device))
+        tiers = open_tiers(config)
         self._store = TieredStore(
             self._layout,
             namespace_of(server_args, config, pool, self._layout, ranks),
             config.ram_bytes_of_rank(ranks.on_this_machine),
-            open_tiers(config),
+            tiers,
             io_threads=config.io_threads,
             write_queue_bytes=config.write_queue_bytes,
         )
         self._device_pages = 0  # of the match that is under way
         self._node: tuple[Any, int] | None = None  # whose offload is under way
         self._wait_left_s = self._stage_wait_s  # of this scheduling pass
-        self._tickets: dict[str, Ticket] = {}
+        self._arrivals: dict[str, _Arrival] = {}  # in order of arrival
         self._promised: dict[str, _Load] = {}  # answered in this pass, not yet asked for
         self._queued: dict[str, _Load] = {}
         self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
@@ -157,7 +169,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         part of it too.
         """
         with self._store.stats.timed("scheduler.arrival"):
-            self._drop_ticket(req.rid)
+            self._forget_arrival(req.rid)
+            self._forget_old_arrivals()
             page = self._layout.page_tokens
             tokens = req.origin_input_ids
             if req.output_ids:  # retracted: what it had generated comes back too
@@ -166,16 +179,17 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             if num_tokens > 0:
                 key = RadixKey(tokens, req.extra_key, limit=num_tokens, cache_salt=req.cache_salt)
                 digests = get_storage_hash_str(key, None, page_size=page)
-                self._tickets[req.rid] = self._store.stage(self._steps(digests, 0)[1])
+                ticket = self._store.stage(self._steps(digests, 0)[1])
+                self._arrivals[req.rid] = _Arrival(ticket)
 
     def request_aborted(self, rid: str) -> None:
-        self._drop_ticket(rid)
+        self._forget_arrival(rid)
         self._break_promise(rid)
 
     def weights_changed(self) -> None:
         """Nothing stored is found again; the tree's KV is not kept until it was flushed."""
         self._store.renew()
-        self._tickets.clear()
+        self._arrivals.clear()
         self._stale_tree = True
 
     def snapshot(self) -> dict[str, float]:
@@ -187,14 +201,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         started, waited = time.perf_counter(), 0.0
         store, per_step = self._store, self._layout.step_pages
         start, keys = self._steps(transfers[0].keys, self._device_pages)
-        if (
-            (ticket := self._tickets.get(rid)) is not None
-            and not ticket.done
-            and self._wait_left_s > 0
-        ):
-            waited = self._wait_for(ticket)
-        else:
-            store.poll()
+        store.poll()
+        if (arrival := self._arrivals.get(rid)) is not None:
+            waited = self._wait_for(arrival)
         self._break_promise(rid)
         lease = store.acquire(keys, start)
         num_pages = (start + lease.steps) * per_step - self._device_pages if lease else 0
@@ -213,7 +222,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             load.page_ids = page_ids.to("cpu", torch.int64)
             load.pieces.extend(self._pieces(load.lease.spans, load.first_page, len(page_ids)))
             self._queued[rid] = load
-            self._drop_ticket(rid)
+            self._forget_arrival(rid)
             return True
 
     def start_layer_wise_loading(self) -> int:
@@ -302,8 +311,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def close(self) -> None:
         compat.stop_listening(self)
         self._quiesce()
-        for rid in list(self._tickets):
-            self._drop_ticket(rid)
+        for rid in list(self._arrivals):
+            self._forget_arrival(rid)
         self._copier.close()
         self._store.close(CLOSE_DRAIN_S)
 
@@ -319,9 +328,15 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         step = first_page // per_step
         return step, StepKeys(digests, (step + 1) * per_step - 1 - first_page, per_step)
 
-    def _wait_for(self, ticket: Ticket) -> float:
+    def _wait_for(self, arrival: _Arrival) -> float:
+        """Wait for what is on its way up, once a request and within this pass's budget; seconds it
+        took.
+        """
+        if arrival.waited or arrival.ticket.done or self._wait_left_s <= 0:
+            return 0.0
+        arrival.waited = True
         started = time.perf_counter()
-        self._store.settle(ticket, self._wait_left_s)
+        self._store.settle(arrival.ticket, self._wait_left_s)
         waited = time.perf_counter() - started
         self._wait_left_s -= waited
         self._store.stats.spent("scheduler.waited", waited)
@@ -426,9 +441,18 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self._settle(offload)
         self._offloads.clear()
 
-    def _drop_ticket(self, rid: str) -> None:
-        if (ticket := self._tickets.pop(rid, None)) is not None:
-            ticket.close()
+    def _forget_arrival(self, rid: str) -> None:
+        if (arrival := self._arrivals.pop(rid, None)) is not None:
+            arrival.ticket.close()
+
+    def _forget_old_arrivals(self) -> None:
+        """SGLang does not say when a request needs no lookup any more; the store lets its chunks go
+        in time.
+        """
+        while self._arrivals and (rid := next(iter(self._arrivals))):
+            if not self._arrivals[rid].ticket.closed:
+                return
+            del self._arrivals[rid]
 
 
 def _digests_between(tree: Any, ancestors: Any, page_tokens: int, low: int, high: int) -> list[str]:

@@ -5,6 +5,7 @@ at all.
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
@@ -311,3 +312,33 @@ def digests_of(ids, page: int) -> list[str]:
 
 def h_ids(ids, page: int):
     return ids[: len(ids) // page * page]
+
+
+def test_what_is_remembered_of_requests_does_not_grow(harness, monkeypatch):
+    """A request that was never loaded, aborted or looked up again is forgotten with its ticket."""
+    monkeypatch.setattr("lmc.store.TICKET_LIFE_S", 0.0)
+    h = harness()
+    for seed in range(50):
+        h.run(tokens(seed, 200))
+        h.settle()
+    assert len(h.linker._arrivals) <= 2
+
+
+def test_a_request_waits_for_staging_once(harness, tmp_path):
+    place = f"file://{tmp_path}?gb=1"
+    stored(harness, 1000, LMC_TIERS=place).close()
+    h = harness(LMC_TIERS=place, LMC_STAGE_WAIT_MS="50")
+    tier = h.store._guards[0]._tier
+    release = threading.Event()
+    read = tier.read
+    tier.read = lambda name, into: release.wait(20) and read(name, into)
+    req = h.arrive(tokens(1, 1000))
+    for _ in range(3):
+        h.step()
+        assert h.match(req).host_hit_length == 0
+    waited = h.store.snapshot()
+    assert waited["scheduler.waited.calls"] == 1
+    assert waited["scheduler.waited.seconds"] < 1
+    release.set()
+    assert h.store.drain(10)
+    assert h.match(req).host_hit_length == 960, "it arrived after all"
