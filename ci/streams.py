@@ -98,9 +98,8 @@ def main() -> int:
             log = Path(folder) / "server.log"
             with Server(model("smollm2-135m"), log, flags=flags, environment=environment) as server:
                 report[name] = measure(server)
-    print(
-        f"load {os.getloadavg()[0]:.1f}; {STREAMS} streams, {DOCUMENTS} documents of {DOCUMENT_TOKENS} tokens"
-    )
+    shape = f"{STREAMS} streams, {DOCUMENTS} documents of {DOCUMENT_TOKENS} tokens"
+    print(f"load {os.getloadavg()[0]:.1f}; {shape}")
     print(f"{'':28}{'token gap p50':>14}{'p95':>9}{'max':>9}{'document TTFT':>15}{'cached':>8}")
     for name, rounds in report.items():
         for which, row in rounds.items():

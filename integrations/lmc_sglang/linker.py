@@ -416,7 +416,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         lease, error = offload.lease, offload.job.error
         offload.lease = offload.job = None
         if error is None and not self._stale_tree:
-            lease.commit()
+            with self._store.stats.timed("scheduler.commit"):
+                lease.commit()
         else:
             lease.abort()
             offload.kept = offload.kept and error is None

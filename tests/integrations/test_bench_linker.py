@@ -12,7 +12,7 @@ import pytest
 
 from tests.integrations.harness import tokens
 
-PARTS = ("arrival", "lookup", "load", "start_load", "offload", "step")
+PARTS = ("arrival", "lookup", "load", "start_load", "offload", "commit")
 
 
 def spent(harness) -> dict[str, float]:
@@ -57,3 +57,9 @@ def test_own_time_of_a_repeated_miss(harness, benchmark):
     us = 1e6 * (after["scheduler.lookup.seconds"] - before["scheduler.lookup.seconds"]) / calls
     benchmark.extra_info["us"] = round(us, 1)
     print(f"\na repeated miss: {us:.1f} us")
+
+
+def test_own_time_of_a_step_with_nothing_to_do(harness, benchmark):
+    h = harness()
+    benchmark(h.linker.num_completed_offloads)
+    print(f"\nan idle step: {1e6 * benchmark.stats.stats.median:.1f} us")
