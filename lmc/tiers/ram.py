@@ -162,7 +162,7 @@ class RamTier:
         # further holders of a step: chunks that share their first steps and then diverge
         self._also: dict[Key, dict[int, None]] = {}
         self._writing: dict[Key, int] = {}  # chunks reserved, by their own key
-        # ready chunks whose parent is not here, by the parent's key
+        # ready and reserved chunks whose parent is not here, by the parent's key
         self._orphans: dict[Key, dict[int, None]] = {}
         self._lru: OrderedDict[int, None] = OrderedDict()  # idle slots, coldest first
         self._state = bytearray(n)
@@ -231,15 +231,10 @@ class RamTier:
         for chunk in chunks:
             if chunk.key in self._index or chunk.key in self._writing:
                 continue
-            parent = self._find_parent(chunk)
-            if parent != NOBODY:
-                self._children[parent] += 1
-            slot = self._take()
+            slot = self._take(chunk.parent)
             if slot is None:
-                if parent != NOBODY:
-                    self._children[parent] -= 1
                 break
-            self._parent[slot] = parent
+            self._link(slot, chunk.parent)
             self._state[slot] = State.WRITING
             self._keys[slot] = chunk.key
             self._writing[chunk.key] = slot
@@ -255,7 +250,7 @@ class RamTier:
         for slot in self._writing.values():  # their leases hold them until they notice
             self._pins[slot] = 1
         for slot in {*self._index.values(), *self._writing.values()}:
-            self._parent[slot], self._children[slot] = NOBODY, 0
+            self._parent[slot], self._parent_key[slot], self._children[slot] = NOBODY, None, 0
             self._leave(slot)
         for table in (self._index, self._also, self._writing, self._orphans, self._lru):
             table.clear()
@@ -312,7 +307,7 @@ class RamTier:
             assert key not in self._index, "an orphan whose parent is here"
             assert orphans, "an empty list of orphans"
             for slot in orphans:
-                assert self._state[slot] == State.READY, "an orphan that is not here"
+                assert self._state[slot] in (State.READY, State.WRITING), "an orphan that is gone"
                 assert self._parent_key[slot] == key, "an orphan of another parent"
 
     def _check_order(self) -> None:
@@ -329,27 +324,24 @@ class RamTier:
         joined = self._keys[slot]
         return [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
 
-    def _find_parent(self, chunk: Chunk) -> int:
-        return NOBODY if chunk.parent is None else self._index.get(chunk.parent, NOBODY)
-
     def _span(self, slot: int, at: int, stop: int) -> Span:
         first = at % self._chunk_steps
         return Span(slot, first, stop - at, len(self._keys[slot]) // KEY_BYTES)
 
-    def _take(self) -> int | None:
-        """A free slot, evicting the coldest leaf if need be.
+    def _take(self, parent: Key | None) -> int | None:
+        """A free slot, evicting the coldest leaf if need be, but not the parent it is for.
 
         Looks at no more than a few dozen chains, so a reservation stays cheap however much of RAM
         is held.
         """
         if self._free:
             return self._free.pop()
-        first = NOBODY
+        first, keep = NOBODY, NOBODY if parent is None else self._index.get(parent, NOBODY)
         for _ in range(_MAX_LOOKS):
             slot = next(iter(self._lru), NOBODY)
             if slot in (NOBODY, first):
                 return None
-            if not self._children[slot]:
+            if not self._children[slot] and slot != keep:
                 self.evictions += 1
                 self._drop(slot)
                 return self._free.pop()
@@ -383,21 +375,31 @@ class RamTier:
             index[key] = slot
         self._state[slot] = State.READY
         self._keys[slot] = joined
-        self._parent_key[slot] = chunk.parent
         self._lru[slot] = None
-        if self._parent[slot] == NOBODY:  # else known, and counted, since it was reserved
-            self._join(chunk, slot)
         for child in self._orphans.pop(chunk.key, ()):
             self._parent[child] = slot
             self._children[slot] += 1
 
-    def _join(self, chunk: Chunk, slot: int) -> None:
+    def _link(self, slot: int, parent_key: Key | None) -> None:
         """Make a chunk the child of its parent, or an orphan that waits for it."""
-        parent = self._parent[slot] = self._find_parent(chunk)
+        self._parent_key[slot] = parent_key
+        if parent_key is not None:
+            parent = self._parent[slot] = self._index.get(parent_key, NOBODY)
+            if parent != NOBODY:
+                self._children[parent] += 1
+            else:
+                self._orphans.setdefault(parent_key, {})[slot] = None
+
+    def _unlink(self, slot: int) -> None:
+        parent, parent_key = self._parent[slot], self._parent_key[slot]
         if parent != NOBODY:
-            self._children[parent] += 1
-        elif chunk.parent is not None:
-            self._orphans.setdefault(chunk.parent, {})[slot] = None
+            self._children[parent] -= 1
+        elif parent_key is not None:
+            orphans = self._orphans[parent_key]
+            del orphans[slot]
+            if not orphans:
+                del self._orphans[parent_key]
+        self._parent[slot], self._parent_key[slot] = NOBODY, None
 
     def _heat(self, slots: Sequence[int]) -> None:
         """Make idle slots of one chain, and all that lies before them, the hottest: the last one
@@ -421,12 +423,7 @@ class RamTier:
         """
         for key in self._split(slot):
             self._unlist(key, slot)
-        parent, parent_key = self._parent[slot], self._parent_key[slot]
-        if parent != NOBODY:
-            self._children[parent] -= 1
-            self._parent[slot] = NOBODY
-        elif parent_key is not None:
-            self._disown(parent_key, slot)
+        self._unlink(slot)
         self._lru.pop(slot, None)
         self._leave(slot)
 
@@ -443,12 +440,6 @@ class RamTier:
         if not others:
             del self._also[key]
 
-    def _disown(self, parent_key: Key, slot: int) -> None:
-        orphans = self._orphans[parent_key]
-        del orphans[slot]
-        if not orphans:
-            del self._orphans[parent_key]
-
     def _leave(self, slot: int) -> None:
         if self._pins[slot]:
             self._state[slot] = State.DOOMED
@@ -457,17 +448,14 @@ class RamTier:
 
     def _release(self, slot: int) -> None:
         self._state[slot] = State.FREE
-        self._parent[slot] = NOBODY
         self._keys[slot] = b""
-        self._parent_key[slot] = None
         self._free.append(slot)
 
     def _forget(self, slots: Sequence[int]) -> None:
         """Reserved slots that hold nothing worth showing."""
         for slot in slots:
             del self._writing[Key(self._keys[slot])]
-            if (parent := self._parent[slot]) != NOBODY:
-                self._children[parent] -= 1
+            self._unlink(slot)
             self._release(slot)
 
     def _unpin(self, slots: Sequence[int]) -> None:

@@ -378,6 +378,28 @@ def test_chain_that_is_being_extended_is_not_evicted_by_others(ram: Ram) -> None
     assert ram.hit(A) == 12
 
 
+def test_chunk_that_comes_after_its_child_was_reserved_is_not_evicted_before_it(ram: Ram) -> None:
+    chunks = chunks_of(A[:8])
+    child = ram.reserve([chunks[1]])
+    ram.reserve([chunks[0]]).commit()
+    ram.check()
+    taken = ram.reserve(chunks_of(keys_of("filler", 60)))
+    assert len(taken) == 6
+    child.commit()
+    assert ram.hit(A) == 8
+    taken.abort()
+
+
+def test_orphan_that_was_only_reserved_is_forgotten(ram: Ram) -> None:
+    chunks = chunks_of(A[:8])
+    ram.reserve([chunks[1]]).abort()
+    ram.check()
+    ram.put(A[:4])
+    taken = ram.reserve(chunks_of(keys_of("filler", 60)))
+    assert len(taken) == 8
+    taken.abort()
+
+
 def test_chain_can_go_again_after_its_extension_was_aborted(ram: Ram) -> None:
     ram.put(A[:8])
     ram.reserve(chunks_of(A[:12])).abort()
