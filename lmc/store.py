@@ -229,7 +229,7 @@ class TieredStore:
 
     def _spill(self, slots: Sequence[int]) -> None:
         self.stats.add("ram.stored", len(slots))
-        for guard in self._guards:
+        for guard in () if self._closed else self._guards:
             if self._reaches(guard):
                 for i in range(0, len(slots), self._spill_group_chunks):
                     self._spill_group(guard, slots[i : i + self._spill_group_chunks])

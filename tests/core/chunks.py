@@ -8,6 +8,7 @@ import errno
 import hashlib
 import time
 from array import array
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lmc.keys import Key, KeyChain, Namespace
@@ -48,34 +49,37 @@ def chunks_of(keys: Sequence[Key]) -> list[Chunk]:
     ]
 
 
-def page_of(key: Key, plane: int) -> bytes:
-    """What the step `key` holds in a plane."""
+@lru_cache(10_000)
+def page_of(key: Key, plane: int, weights: int = 0) -> bytes:
+    """What the step `key` holds in a plane, as these weights compute it."""
     size = LAYOUT.plane_bytes[plane]
-    return (hashlib.sha256(bytes([plane]) + key).digest() * 3)[:size]
+    return (hashlib.sha256(bytes([plane, weights]) + key).digest() * 3)[:size]
 
 
-def payload_of(keys: Sequence[Key]) -> bytes:
+def payload_of(keys: Sequence[Key], weights: int = 0) -> bytes:
     """What a chunk of these steps holds: [plane][step][bytes]."""
     planes = range(len(LAYOUT.plane_bytes))
-    return b"".join(page_of(key, plane) for plane in planes for key in keys)
+    return b"".join(page_of(key, plane, weights) for plane in planes for key in keys)
 
 
-def fill(store: TieredStore, lease: WriteLease) -> None:
+def fill(store: TieredStore, lease: WriteLease, weights: int = 0) -> None:
     """Write what the chunks of a lease should hold."""
     for chunk, slot in zip(lease.chunks, lease.slots, strict=True):
-        payload = payload_of(chunk.keys)
+        payload = payload_of(chunk.keys, weights)
         store.arena.payload(slot)[: len(payload)] = payload
 
 
-def put(store: TieredStore, keys: Sequence[Key]) -> int:
+def put(store: TieredStore, keys: Sequence[Key], weights: int = 0) -> int:
     """Store a sequence; how many chunks were taken."""
     lease = store.reserve(chunks_of(keys))
-    fill(store, lease)
+    fill(store, lease, weights)
     lease.commit()
     return len(lease)
 
 
-def check_bytes(store: TieredStore, lease: ReadLease, keys: Sequence[Key], start: int = 0) -> None:
+def check_bytes(
+    store: TieredStore, lease: ReadLease, keys: Sequence[Key], start: int = 0, weights: int = 0
+) -> None:
     """Every step of a lease holds what its key says."""
     at = 0
     for span in lease.spans:
@@ -84,7 +88,8 @@ def check_bytes(store: TieredStore, lease: ReadLease, keys: Sequence[Key], start
         for n in range(span.steps):
             for plane, size in enumerate(LAYOUT.plane_bytes):
                 begin = LAYOUT.plane_offset(plane, span.total) + (span.first + n) * size
-                assert payload[begin : begin + size] == page_of(keys[at + n], plane), "wrong bytes"
+                page = page_of(keys[at + n], plane, weights)
+                assert payload[begin : begin + size] == page, "wrong bytes"
         at += span.steps
 
 
