@@ -115,7 +115,7 @@ class Demo:
         self.chat: list[dict[str, Any]] = []
         self.load: dict[str, float] = {}
         self.versions: dict[str, str] = {}
-        self.counters: dict[str, float] = {}
+        self.counters: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
         with self.server("with lmc", lmc=True) as server:
@@ -123,9 +123,10 @@ class Demo:
             self.ask_first(server)
             self.hold_chat(server)
             server.drain()
-            self.counters = server.lmc() or {}
+            self.counters["first"] = server.lmc() or {}
         with self.server("again, on the same folder", lmc=True) as server:
             self.ask_all(server, "after_restart")
+            self.counters["restarted"] = server.lmc() or {}
             server.kill()  # at once: nothing in it is needed any more
         with self.server("without lmc", lmc=False) as server:
             self.ask_all(server, "off")
@@ -331,7 +332,7 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"{run['name']:<15}{WHAT[run['name']]:<34}{run['ttft_s']:>10.3f} s", end="")
         print(f"{factor:>14}{run['cached_tokens']:>12}")
     same = "the same" if report["identical_tokens"] else "DIFFERENT"
-    print(f"\nlmc on SGLang's scheduler thread: {own_time(report['lmc'])}")
+    print(f"\nlmc on SGLang's scheduler thread: {own_time(report['lmc']['first'])}")
     print(f"answers: {same} tokens in all runs: {report['answer'].strip()!r}")
 
 

@@ -56,6 +56,7 @@ def model(name: str, cache: Path = CACHE) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     (cache / ".gitignore").write_text("*\n")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars that nobody reads in a log
     print(f"making the model {name} (once) in {folder}", flush=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as aside:
         made = Path(aside, name)
@@ -109,10 +110,8 @@ def check_sha256(path: Path, expected: str) -> None:
 def convert_weights(gguf: Path, out: Path) -> None:
     """Copies into a clean model: the loaded one carries a quantizer and refuses to be saved."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-    transformers.utils.logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -247,9 +246,7 @@ def make_tiny_mellum(out: Path) -> None:
 
 def save_random(build: Callable[[], PreTrainedModel], out: Path) -> None:
     import torch
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     build().save_pretrained(out)
 
