@@ -60,7 +60,7 @@ class Config:
     for.
     """
 
-    enable: bool = False
+    enable: bool | None = None
     """LMC_ENABLE: switch lmc on in an engine that finds it by entry point (an import switches it on
     as well).
     """

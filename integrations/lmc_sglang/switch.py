@@ -10,7 +10,6 @@ the hashing.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from lmc.config import Config
@@ -37,8 +36,8 @@ def switch_on() -> None:
     if _on:
         return
     _on = True
-    if "LMC_ENABLE" in os.environ and not Config.from_env().enable:
-        log.info("lmc stays off: LMC_ENABLE=%s", os.environ["LMC_ENABLE"])
+    if Config.from_env().enable is False:
+        log.info("lmc stays off: LMC_ENABLE says so")
         return
     compat.on_resolution(page_size=_declare_page_size, linker=_declare_linker)
 

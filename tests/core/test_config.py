@@ -17,7 +17,7 @@ def test_defaults() -> None:
     config = Config.from_env({})
     assert config == Config()
     assert dataclasses.asdict(config) == {
-        "enable": False,
+        "enable": None,
         "ram_bytes": None,
         "tiers": (),
         "chunk_tokens": 256,
