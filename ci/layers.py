@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""Who may import whom, and what nobody may do. Read from the source; run by ci/check.sh.
+"""Checks the rules of the house that a reader would have to remember. Prints file:line: what.
 
-A module may import from its own layer and from layers further down in LAYERS, never back. Prints
-every violation as `file:line: what`, exits 1 if there is one.
+    integrations -> transfer -> kernels, cuda, hip, cpu -> layout, config, stats
+          '------> store -> tiers --------------------> layout, keys, config, stats
+
+Left may import right, never back; `cli` may import all and nobody but `__main__` imports it; likewise
+`testing`. Also: the core imports the standard library and xxhash alone; nothing unpickles or
+evaluates what comes from outside; LMC_* is read in config.py; broad excepts stand in the guard.
 """
 
 from __future__ import annotations
@@ -10,121 +14,196 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parent.parent
+BASE = frozenset({"layout", "keys", "config", "stats"})
+COPY = frozenset({"kernels", "cuda", "hip", "cpu"})
+TIERS = BASE | {"tiers"}
+STORE = TIERS | {"store"}
+TRANSFER = COPY | {"layout", "config", "stats", "transfer"}
 
-# Layer -> layers it may import besides its own. `lmc.__main__`, `lmc.cli` and `lmc` itself may
-# import all of lmc.
-LAYERS = {
-    "stats": set(),
-    "keys": set(),
-    "layout": set(),
-    "weights": set(),
-    "config": {"layout"},
-    "plugins": {"config"},
-    "cpu": {"layout", "config", "stats"},
-    "cuda": {"layout", "config", "stats"},
-    "hip": {"layout", "config", "stats"},
-    "kernels": {"layout", "config", "stats"},
-    "transfer": {"kernels", "cuda", "hip", "cpu", "layout", "config", "stats"},
-    "tiers": {"layout", "keys", "config", "stats"},
-    "store": {"tiers", "layout", "keys", "config", "stats"},
-    "testing": {"tiers", "store", "layout", "keys", "config", "stats"},
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "__init__": STORE,  # lazily: it only says where the public names live
+    "plugins": frozenset({"config"}),
+    "layout": frozenset(),
+    "keys": frozenset(),
+    "stats": frozenset(),
+    "config": frozenset({"layout"}),
+    "weights": frozenset(),
+    "tiers": TIERS,
+    "store": STORE,
+    **dict.fromkeys(COPY, frozenset({"layout", "config", "stats"})),
+    "transfer": TRANSFER,
+    "testing": STORE | {"testing"},
+    "cli": STORE | TRANSFER | {"__init__", "weights", "cli"},
+    "__main__": frozenset({"__init__", "cli"}),
 }
-ABOVE = {"", "__main__", "cli"}
-ENGINES = {"sglang", "vllm"}
-KNOWS_TORCH = {"transfer", "cli", "__main__"}
-NO_CODE_FROM_BYTES = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
-READS_ENVIRONMENT = {"lmc/config.py"}
-CATCHES_ALL = {"lmc/tiers/guard.py"}
+"""Parts of the package lmc, and the parts each may import; `cpu` may import itself."""
+INTEGRATIONS = STORE | TRANSFER | {"__init__", "weights"}
+
+CORE = STORE | {"weights"}
+CORE_NEEDS = frozenset({"xxhash"})
+"""What the core imports beside the standard library."""
+CLIENTS = frozenset({"redis", "obstore", "mooncake", "nixl"})
+"""What a tier may import when its URL is opened, inside a function."""
+
+FORBIDDEN = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
+FORBIDDEN_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
+GUARD = "lmc/tiers/guard.py"
+SETTINGS = "lmc/config.py"
+
+
+class Found(NamedTuple):
+    path: str
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}"
+
+
+class Import(NamedTuple):
+    module: str
+    line: int
+    at_top: bool
+
+
+def check(root: Path) -> list[Found]:
+    """Everything wrong in `root`/lmc and `root`/integrations."""
+    found: list[Found] = []
+    for folder in ("lmc", "integrations"):
+        for path in sorted((root / folder).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            tree = ast.parse(path.read_text(encoding="utf-8"), name)
+            found += [Found(name, line, what) for line, what in check_file(name, tree)]
+    return found
+
+
+def check_file(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """What is wrong in one file, given by its path from the root."""
+    package, part = place(name)
+    for imported in imports(name, tree):
+        yield from check_import(package, part, imported)
+    for node in ast.walk(tree):
+        yield from check_node(name, package, part, node)
+
+
+def place(name: str) -> tuple[str, str]:
+    """The package a file belongs to, and its part: "lmc/tiers/ram.py" is ("lmc", "tiers")."""
+    parts = Path(name).with_suffix("").parts
+    if parts[0] == "integrations":
+        return parts[1], ""
+    return "lmc", parts[1]
+
+
+def imports(name: str, tree: ast.Module) -> Iterator[Import]:
+    """Absolute names of all that a file imports, types included."""
+    parts = Path(name).with_suffix("").parts
+    package = parts[1:-1] if parts[0] == "integrations" else parts[:-1]
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        at_top = id(node) not in inside
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, at_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            if module == "lmc" or not node.module:  # each name may be a part
+                yield from (
+                    Import(f"{module}.{alias.name}", node.lineno, at_top) for alias in node.names
+                )
+            else:
+                yield Import(module, node.lineno, at_top)
+
+
+def check_import(package: str, part: str, imported: Import) -> Iterator[tuple[int, str]]:
+    top, _, rest = imported.module.partition(".")
+    if top in FORBIDDEN:
+        yield imported.line, f"imports {top}: nothing from outside is unpickled"
+    if top == "lmc":
+        target = rest.partition(".")[0]
+        target = target if target in MAY_IMPORT else "__init__"
+        allowed = INTEGRATIONS if package != "lmc" else MAY_IMPORT.get(part)
+        if allowed is None:
+            yield imported.line, f"lmc.{part} has no place in the layers of ci/layers.py"
+        elif target not in allowed and not (target == part and part in COPY):
+            yield imported.line, f"{_whole(package, part)} may not import lmc.{target}"
+    elif package == "lmc" and part in CORE:
+        client = top in CLIENTS and part == "tiers" and not imported.at_top
+        if top not in sys.stdlib_module_names | CORE_NEEDS and not client:
+            yield imported.line, f"the core may not import {top}"
+    elif top.startswith("lmc_") and top != package and (package != "lmc" or part != "cli"):
+        yield imported.line, f"{_whole(package, part)} may not import {top}"
+
+
+def _whole(package: str, part: str) -> str:
+    return f"{package}.{part}" if part else package
+
+
+def check_node(name: str, package: str, part: str, node: ast.AST) -> Iterator[tuple[int, str]]:
+    match node:
+        case ast.Call(func=ast.Name(id=called)) if called in FORBIDDEN_CALLS:
+            yield node.lineno, f"calls {called}"
+        case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+            yield node.lineno, "uses torch.load: nothing from outside is unpickled"
+        case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
+            yield node.value.lineno, "allows pickles"
+        case ast.ExceptHandler(type=caught) if name != GUARD and _is_broad(caught):
+            yield node.lineno, f"a broad except: it stands in {GUARD} alone"
+        case (
+            ast.Call(func=ast.Attribute(attr="suppress"), args=args)
+            | ast.Call(func=ast.Name(id="suppress"), args=args)
+        ) if any(_is_broad(caught) for caught in args):
+            yield node.lineno, f"a broad suppress: broad excepts stand in {GUARD} alone"
+        case (
+            ast.Subscript(value=env, slice=key)
+            | ast.Call(func=ast.Attribute(value=env), args=[key, *_])
+            | ast.Compare(left=key, comparators=[env])
+        ) if name != SETTINGS and _is_environ(env) and _is_ours(key):
+            yield node.lineno, f"reads LMC_*: {SETTINGS} does"
+        case ast.Call(
+            func=ast.Attribute(attr="getenv") | ast.Name(id="getenv"), args=[key, *_]
+        ) if name != SETTINGS and _is_ours(key):
+            yield node.lineno, f"reads LMC_*: {SETTINGS} does"
+        case ast.Attribute(attr="environ") if (
+            package == "lmc" and part in CORE and name != SETTINGS
+        ):
+            yield node.lineno, f"reads the environment: {SETTINGS} does"
+
+
+def _is_broad(caught: ast.expr | None) -> bool:
+    names = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+    return any(
+        one is None or (isinstance(one, ast.Name) and one.id in ("Exception", "BaseException"))
+        for one in names
+    )
+
+
+def _is_environ(node: ast.expr) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr == "environ") or (
+        isinstance(node, ast.Name) and node.id == "environ"
+    )
+
+
+def _is_ours(key: ast.expr) -> bool:
+    """Whether an environment variable's name is, or may be, one of ours."""
+    return not isinstance(key, ast.Constant) or str(key.value).startswith("LMC_")
 
 
 def main() -> int:
-    wrong = [f"{path}:{line}: {what}" for path, line, what in violations(ROOT)]
-    print("\n".join(wrong) if wrong else "layers: clean")
-    return 1 if wrong else 0
-
-
-def violations(root: Path) -> Iterator[tuple[str, int, str]]:
-    for top in ("lmc", "integrations"):
-        for file in sorted((root / top).rglob("*.py")):
-            path = file.relative_to(root).as_posix()
-            tree = ast.parse(file.read_text(), path)
-            for line, what in [*_imports(path, tree), *_habits(path, tree)]:
-                yield path, line, what
-
-
-def _imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    for line, module in imported(path, tree):
-        parts = module.split(".")
-        if parts[0] in NO_CODE_FROM_BYTES:
-            yield line, f"imports {module}: bytes from outside never become code"
-        if not path.startswith("lmc/"):
-            continue
-        layer = path.split("/")[1].removesuffix(".py").replace("__init__", "")
-        if parts[0] in ENGINES or parts[0].startswith("lmc_"):
-            yield line, f"imports {module}: lmc knows no engine"
-        if parts[0] == "torch" and layer not in KNOWS_TORCH:
-            yield line, f"imports {module}: only lmc.transfer knows torch"
-        if parts[0] == "lmc" and layer not in ABOVE:
-            target = parts[1] if len(parts) > 1 else ""
-            if target not in LAYERS.get(layer, set()) | {layer}:
-                yield line, f"lmc.{layer} imports {module}: not below it"
-
-
-def imported(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Absolute names of all modules a file imports."""
-    package = path.removesuffix(".py").split("/")[:-1]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = ".".join([*base, *([node.module] if node.module else [])])
-            if node.module and stem != "lmc":
-                yield node.lineno, stem
-            else:
-                for alias in node.names:
-                    yield node.lineno, f"{stem}.{alias.name}"
-
-
-def _habits(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in ("eval", "exec", "torch.load"):
-                yield node.lineno, f"calls {name}: bytes from outside never become code"
-        if isinstance(node, ast.Constant) and path not in READS_ENVIRONMENT:
-            yield from _reads_setting(node, tree)
-        if isinstance(node, ast.ExceptHandler) and path not in CATCHES_ALL:
-            caught = "" if node.type is None else ast.unparse(node.type)
-            if caught in ("", "Exception", "BaseException") and not _raises(node):
-                yield node.lineno, "catches everything: only the guard around tiers may"
-
-
-def _reads_setting(constant: ast.Constant, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """LMC_... where the environment is read: environ["LMC_X"], environ.get("LMC_X"), getenv(...)."""
-    if not str(constant.value).startswith("LMC_"):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and node.slice is constant:
-            where = ast.unparse(node.value)
-        elif isinstance(node, ast.Call) and constant in node.args:
-            where = ast.unparse(node.func)
-        else:
-            continue
-        if "environ" in where or "getenv" in where:
-            yield constant.lineno, f"reads {constant.value}: only lmc/config.py reads settings"
-
-
-def _raises(handler: ast.ExceptHandler) -> bool:
-    """Whether the handler passes on what it caught."""
-    return isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
+    found = check(root)
+    for one in found:
+        print(one)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
