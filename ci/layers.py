@@ -4,7 +4,7 @@
     integrations -> transfer -> kernels, cuda, hip, cpu -> layout, config, stats
           '------> store -> tiers --------------------> layout, keys, config, stats
 
-Left may import right, never back; `cli` may import all and nobody but `__main__` imports it; likewise
+Left may import right, never back. `cli` may import all, only `__main__` imports it; nobody imports
 `testing`. Also: the core imports the standard library and xxhash alone; nothing unpickles or
 evaluates what comes from outside; LMC_* is read in config.py; broad excepts stand in the guard.
 """
