@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from .keys import KEY_BYTES, Key, Name, Namespace
 from .stats import Stats
 from .tiers.arena import Arena
-from .tiers.frame import Damaged, blob_bytes, seal, verify
+from .tiers.frame import Damaged, seal, verify
 from .tiers.guard import Completions, Guard
 from .tiers.ram import Chunk, RamTier, ReadLease, WriteLease
 
@@ -237,17 +237,14 @@ class TieredStore:
     def _spill_group(self, guard: Guard, slots: Sequence[int]) -> None:
         lease = self.ram.pin_slots(slots)
         namespace, layout = self.namespace, self.layout
-        work = [
-            (self.arena.view(span.slot), self.ram.joined_keys(span.slot)) for span in lease.spans
-        ]
-        num_bytes = sum(blob_bytes(layout, span.total) for span in lease.spans)
+        view, joined_keys = self.arena.view, [self.ram.joined_keys(slot) for slot in slots]
 
         def write(tier: Tier) -> int:
             written: list[Name] = []
-            for view, joined in work:
+            for slot, joined in zip(slots, joined_keys, strict=True):
                 keys = [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
                 names = [namespace.fold(key) for key in keys]
-                tier.write(names[-1], seal(view, namespace, keys, layout), names[:-1])
+                tier.write(names[-1], seal(view(slot), namespace, keys, layout), names[:-1])
                 written.append(names[-1])
             # a use of all of them: written from its beginning, a chain is let go from its end
             return tier.probe(written)
@@ -256,7 +253,7 @@ class TieredStore:
             self.stats.add(f"{guard.name}.written", written or 0)
             lease.release()
 
-        if not guard.write(num_bytes, write, landed):
+        if not guard.write(len(slots) * self.arena.slot_bytes, write, landed):
             lease.release()
 
     def _reaches(self, guard: Guard) -> bool:

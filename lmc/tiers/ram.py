@@ -18,9 +18,8 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..keys import KEY_BYTES, Key
 
@@ -37,8 +36,7 @@ class State(IntEnum):
     FREE, WRITING, READY, DOOMED = range(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What a chunk or tail holds: the keys of its steps from the chunk's beginning, and where it
     belongs.
 
@@ -54,8 +52,7 @@ class Chunk:
         return self.keys[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A run of steps inside one slot: `steps` of them from `first`, of `total` that the slot
     holds.
     """
@@ -228,16 +225,18 @@ class RamTier:
         """
         taken: list[Chunk] = []
         slots: list[int] = []
+        index, writing = self._index, self._writing
         for chunk in chunks:
-            if chunk.key in self._index or chunk.key in self._writing:
+            key = chunk.keys[-1]
+            if key in index or key in writing:
                 continue
             slot = self._take(chunk.parent)
             if slot is None:
                 break
             self._link(slot, chunk.parent)
             self._state[slot] = State.WRITING
-            self._keys[slot] = chunk.key
-            self._writing[chunk.key] = slot
+            self._keys[slot] = key
+            writing[key] = slot
             taken.append(chunk)
             slots.append(slot)
         return WriteLease(self, taken, slots)
