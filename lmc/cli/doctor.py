@@ -147,9 +147,7 @@ def default_text(var: str) -> str:
     """A setting's default, in the unit that its name states."""
     value = getattr(Config(), _SETTINGS[var][0])
     if value is None:
-        return "25 % of free memory"
-    if isinstance(value, bool):
-        return str(int(value))
+        return {"LMC_ENABLE": "0", "LMC_RAM_GB": "25 % of free memory"}[var]
     scale = {"MS": 1e3, "MB": 1e-6}.get(var.rpartition("_")[2])
     return f"{value * scale:g}" if scale else str(value or "none")
 
