@@ -342,3 +342,68 @@ def test_a_request_waits_for_staging_once(harness, tmp_path):
     release.set()
     assert h.store.drain(10)
     assert h.match(req).host_hit_length == 960, "it arrived after all"
+
+
+def test_a_request_aborted_while_it_loads(harness):
+    """SGLang finishes a load that has started before it frees anything; then nothing is held."""
+    h = stored(harness, 1000)
+    req = h.arrive(tokens(1, 1000))
+    match = h.match(req)
+    req.last_node = match.last_device_node
+    h.cache.init_load_back(
+        InitLoadBackParams(
+            best_match_node=match.best_match_node, host_hit_length=match.host_hit_length, req=req
+        )
+    )
+    assert h.cache.ready_to_load_host_cache() >= 0
+    h.cache.linker.release_request(req.rid)
+    assert h.cache.linker.finish_loads() == []
+    assert_nothing_held(h)
+    assert h.run(tokens(1, 1000)) == 960
+
+
+def test_a_request_aborted_while_it_stores(harness):
+    """Its pages stay locked until they are copied; what was copied is whole."""
+    h = harness()
+    h.run(tokens(1, 1000))
+    h.cache.linker.release_request("r1")
+    h.settle()
+    assert_nothing_held(h)
+    h.flush()
+    assert h.run(tokens(1, 1000)) == 960
+
+
+def test_a_copy_that_fails_fails_nobody(harness, monkeypatch):
+    """Storing: not kept. Loading cannot fail for I/O reasons; if the copy itself does, SGLang is
+    told.
+    """
+    h = harness()
+    backend = type(h.linker._copier._backend)
+
+    def broken(*_: object) -> None:
+        raise MemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "gather", broken)
+        h.run(tokens(1, 1000))
+        h.settle()
+    assert h.store.snapshot()["offload.lost"] == 1
+    h.flush()
+    assert h.run(tokens(1, 1000)) == 0
+    h.settle()
+    h.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "scatter", broken)
+        req = h.arrive(tokens(1, 1000))
+        match = h.match(req)
+        req.last_node = match.last_device_node
+        h.cache.init_load_back(
+            InitLoadBackParams(
+                best_match_node=match.best_match_node,
+                host_hit_length=match.host_hit_length,
+                req=req,
+            )
+        )
+        h.cache.ready_to_load_host_cache()
+        assert h.cache.linker.finish_loads() == [req.rid]
+    assert_nothing_held(h)
