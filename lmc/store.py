@@ -7,6 +7,7 @@ commit).
 
     stage(keys) -> lookup(keys) -> acquire(keys) -> ReadLease.release()   a sequence comes back
     reserve(chunks) -> fill the slots -> WriteLease.commit()              a sequence is kept
+    warm()                                                                once, after a start
     poll()                                                                once a scheduler step
 
 `keys` are the keys of consecutive steps from absolute step `start` on; every answer counts steps.
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING
 
 from .keys import KEY_BYTES, Key, Name, Namespace
 from .stats import Stats
-from .tiers.arena import Arena
-from .tiers.frame import Damaged, seal, verify
+from .tiers.arena import FRAME_BYTES, Arena
+from .tiers.frame import Damaged, check_payload, parse, seal, verify
 from .tiers.guard import Completions, Guard
 from .tiers.ram import Chunk, RamTier, ReadLease, WriteLease
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 SPILL_GROUP = 8
 """Chunks a spill job writes at most: few jobs for the owner, enough of them for the threads."""
+WARM_LOOKS = 10_000
+WARM_GROUP = 8
+"""Blobs looked at after a start at most; chunks that one job of it reads."""
 TICKET_LIFE_S = 60.0
 """Staged chunks nobody asked for are let go after this."""
 
@@ -189,6 +193,14 @@ class TieredStore:
         self.ram.clear()
         self.stats.add("generations")
 
+    def warm(self) -> None:
+        """After a start: bring up what lasting tiers saw used last, into free memory only and no
+        more than half of it, behind everybody's back. Never waits, never evicts.
+        """
+        for guard in self._guards:
+            if guard.persistent and self._reaches(guard):
+                self._look_for_hottest(guard)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until no tier has anything to do; whether that came about in time."""
         deadline = time.monotonic() + timeout_s
@@ -237,14 +249,16 @@ class TieredStore:
     def _spill_group(self, guard: Guard, slots: Sequence[int]) -> None:
         lease = self.ram.pin_slots(slots)
         namespace, layout = self.namespace, self.layout
-        view, joined_keys = self.arena.view, [self.ram.joined_keys(slot) for slot in slots]
+        view, ram = self.arena.view, self.ram
+        work = [(slot, ram.joined_keys(slot), ram.parent_key(slot)) for slot in slots]
 
         def write(tier: Tier) -> int:
             written: list[Name] = []
-            for slot, joined in zip(slots, joined_keys, strict=True):
+            for slot, joined, parent in work:
                 keys = [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
                 names = [namespace.fold(key) for key in keys]
-                tier.write(names[-1], seal(view(slot), namespace, keys, layout), names[:-1])
+                blob = seal(view(slot), namespace, keys, layout, parent)
+                tier.write(names[-1], blob, names[:-1])
                 written.append(names[-1])
             # a use of all of them: written from its beginning, a chain is let go from its end
             return tier.probe(written)
@@ -346,6 +360,40 @@ class TieredStore:
             self._staged[spans[0].slot] += 1
         return bool(spans)
 
+    def _look_for_hottest(self, guard: Guard) -> None:
+        def found(names: Sequence[Name] | None) -> None:
+            self._warm(guard, deque(names or ()))
+
+        guard.read(lambda tier: tier.hottest(WARM_LOOKS), found)
+
+    def _warm(self, guard: Guard, names: deque[Name]) -> None:
+        """Read the next of `names`, a few chunks a job, one job at a time."""
+        room = self.ram.num_free - self.arena.num_slots // 2
+        batch = [names.popleft() for _ in range(min(WARM_GROUP, room, len(names)))]
+        if not batch or self._closed or not self._reaches(guard):
+            return
+        namespace, layout, view = self.namespace, self.layout, self.arena.view
+        # who they are shows when they are read; until then a chunk's name stands for its key
+        leases = [self.ram.reserve([Chunk((Key(name),), None)]) for name in batch]
+        work = [(name, lease.slots[0]) for name, lease in zip(batch, leases, strict=True) if lease]
+
+        def read(tier: Tier) -> list[Chunk | None]:
+            return [_read_named(tier, name, view(s), namespace, layout) for name, s in work]
+
+        def arrived(chunks: list[Chunk | None] | None) -> None:
+            held = [lease for lease in leases if lease]
+            for lease, chunk in zip(held, chunks or [None] * len(held), strict=True):
+                if chunk is None or namespace is not self.namespace:
+                    lease.abort()
+                else:
+                    lease.commit([chunk])
+                    self.stats.add(f"{guard.name}.warmed")
+            self._warm(guard, names)
+
+        if not guard.read(read, arrived):
+            for lease in leases:
+                lease.abort()
+
     def _read(self, target: _Target, lease: WriteLease, waiting: list[Ticket]) -> bool:
         namespace, layout, view = self.namespace, self.layout, self.arena.view(lease.slots[0])
         steps = (target.end - 1) % layout.chunk_steps + 1
@@ -429,3 +477,22 @@ def _read_verified(
     except Damaged as damaged:
         tier.forget(name)  # a newer lmc's own chunks have other names: the version is part of them
         return damaged.cause
+
+
+def _read_named(
+    tier: Tier, name: Name, slot: memoryview, namespace: Namespace, layout: KVLayout
+) -> Chunk | None:
+    """Read the chunk called `name` into `slot` if it belongs to this namespace and is whole. What
+    does not is left where it is: it may be somebody else's, and whoever asks for it checks it.
+    """
+    frame = slot[:FRAME_BYTES]
+    try:
+        keys, parent, _ = parse(frame, tier.read(name, frame), namespace, layout)
+        if name not in map(namespace.fold, keys):
+            return None
+        size = tier.read(name, slot)
+        keys, parent, payload_sum = parse(slot, size, namespace, layout)
+        check_payload(slot, size, len(keys), payload_sum, layout)
+    except Damaged:
+        return None
+    return Chunk(keys, parent)

@@ -154,6 +154,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         get_storage_hash_str(
             RadixKey([0]), None, page_size=1
         )  # builds SGLang's hash now, not in a request
+        self._store.warm()
         compat.listen(self)
 
     # --- what the hooks report

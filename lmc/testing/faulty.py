@@ -97,6 +97,9 @@ class FaultyTier:
         with self._lock:
             self._written[name] = None
 
+    def hottest(self, most: int) -> Sequence[Name]:
+        return self._tier.hottest(most)
+
     def forget(self, name: Name) -> None:
         if not self._suffer("forget").lose:
             self._tier.forget(name)

@@ -94,13 +94,16 @@ class DiskTier:
     def write(self, name: Name, blob: memoryview, shorter: Sequence[Name] = ()) -> None:
         if len(blob) > self._capacity:
             return  # would push out everything else, and itself
-        with self._lock:
-            known = name in self._index
-        if not known and not self._adopt(name):
+        if not self._is_here(name) and not self._adopt(name):
             self._create(name, blob)
         for alias in shorter:
             self._replace(alias, name)
         self._evict()
+
+    def hottest(self, most: int) -> Sequence[Name]:
+        with self._lock:
+            files = [self._names[inode] for inode in itertools.islice(reversed(self._names), most)]
+        return [Name(joined[:KEY_BYTES]) for joined in files]
 
     def forget(self, name: Name) -> None:
         with self._lock:
@@ -254,6 +257,16 @@ class DiskTier:
             self._total_bytes -= self._sizes.pop(inode)
             del self._used[inode], self._saved[inode]
         return names
+
+    def _is_here(self, name: Name) -> bool:
+        """Known, and not removed since, by another process or by a `forget` beside a write."""
+        with self._lock:
+            known = name in self._index
+        if known and not os.path.lexists(self._path(name)):
+            with self._lock:
+                self._discard(name)
+            known = False
+        return known
 
     def _adopt(self, name: Name) -> bool:
         """A file that another process wrote after we looked."""

@@ -1,12 +1,13 @@
 """The frame block in front of every chunk that leaves RAM: who wrote what, checked before any byte
 is used.
 
-    0       8         12         16              24            32           40          72
-    | magic | version | num_keys | payload bytes | payload sum | header sum | namespace | step keys
+    0       8         12         16      24            32           40          72       104
+    | magic | version | num_keys | bytes | payload sum | header sum | namespace | parent | keys
 
-Sums are xxh3-64; the header sum covers the block's fields with itself as zero. The block is 4 KiB,
-the payload follows, padded with zeros to 4 KiB. The step keys are the engine's digests: a chunk
-answers for each of its steps, so a tail's name may lead to the longer chunk that replaced it.
+`bytes` are the payload's. Sums are xxh3-64; the header sum covers the block's fields with itself as
+zero. The block is 4 KiB, the payload follows, padded with zeros to 4 KiB. The keys are the engine's
+digests, of the chunk before (zeros at the start of a sequence) and of every step: a chunk answers
+for each of its steps, so a tail's name may lead to the longer chunk that replaced it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAGIC = b"lmcchunk"
-_HEAD = struct.Struct("<8sIIQQQ32s")
+_HEAD = struct.Struct("<8sIIQQQ32s32s")
 _SUM_AT = 32
+_NO_PARENT = bytes(KEY_BYTES)
 
 
 class Damaged(Exception):
@@ -42,7 +44,11 @@ def blob_bytes(layout: KVLayout, num_steps: int) -> int:
 
 
 def seal(
-    slot: memoryview, namespace: Namespace, keys: Sequence[Key], layout: KVLayout
+    slot: memoryview,
+    namespace: Namespace,
+    keys: Sequence[Key],
+    layout: KVLayout,
+    parent: Key | None = None,
 ) -> memoryview:
     """Frame the payload in `slot` for the world outside; returns the blob to write.
 
@@ -52,14 +58,17 @@ def seal(
     size = layout.payload_bytes(len(keys))
     blob = slot[: blob_bytes(layout, len(keys))]
     blob[FRAME_BYTES + size :] = bytes(len(blob) - FRAME_BYTES - size)
-    blob[:FRAME_BYTES] = header(blob[FRAME_BYTES : FRAME_BYTES + size], namespace, keys)
+    blob[:FRAME_BYTES] = header(blob[FRAME_BYTES : FRAME_BYTES + size], namespace, keys, parent)
     return blob
 
 
-def header(payload: memoryview, namespace: Namespace, keys: Sequence[Key]) -> bytes:
+def header(
+    payload: memoryview, namespace: Namespace, keys: Sequence[Key], parent: Key | None = None
+) -> bytes:
     """The frame block of a payload."""
     total = xxhash.xxh3_64_intdigest(payload)
     fields = [MAGIC, FORMAT_VERSION, len(keys), len(payload), total, 0, namespace.digest]
+    fields.append(parent or _NO_PARENT)
     block = bytearray((_HEAD.pack(*fields) + b"".join(keys)).ljust(FRAME_BYTES, b"\0"))
     block[_SUM_AT : _SUM_AT + 8] = xxhash.xxh3_64_intdigest(block).to_bytes(8, "little")
     return bytes(block)
@@ -73,10 +82,26 @@ def verify(
 
     Raises `Damaged` unless all of it is as written, for this namespace, layout and key.
     """
+    keys, _, payload_sum = parse(blob, num_bytes, namespace, layout)
+    if steps > len(keys) or keys[steps - 1] != key:
+        raise Damaged("key")
+    check_payload(blob, num_bytes, len(keys), payload_sum, layout)
+    return keys
+
+
+def parse(
+    blob: memoryview, num_bytes: int, namespace: Namespace, layout: KVLayout
+) -> tuple[tuple[Key, ...], Key | None, int]:
+    """Step keys, parent and payload sum that the frame block of a blob of `num_bytes` tells of.
+
+    Raises `Damaged` unless the block is as written, for this namespace and layout.
+    """
     if num_bytes < FRAME_BYTES:
         raise Damaged("truncated")
     block = bytearray(blob[:FRAME_BYTES])
-    magic, version, num_keys, size, payload_sum, header_sum, digest = _HEAD.unpack_from(block)
+    magic, version, num_keys, size, payload_sum, header_sum, digest, parent = _HEAD.unpack_from(
+        block
+    )
     if magic != MAGIC:
         raise Damaged("magic")
     if version != FORMAT_VERSION:
@@ -93,10 +118,16 @@ def verify(
         Key(bytes(block[i : i + KEY_BYTES]))
         for i in range(at, at + num_keys * KEY_BYTES, KEY_BYTES)
     )
-    if steps > num_keys or keys[steps - 1] != key:
-        raise Damaged("key")
-    if num_bytes != blob_bytes(layout, num_keys) or num_bytes > len(blob):
-        raise Damaged("truncated" if num_bytes < blob_bytes(layout, num_keys) else "size")
+    return keys, None if parent == _NO_PARENT else Key(parent), payload_sum
+
+
+def check_payload(
+    blob: memoryview, num_bytes: int, num_steps: int, payload_sum: int, layout: KVLayout
+) -> None:
+    """Raises `Damaged` unless the payload of a blob of `num_bytes` is as written."""
+    whole = blob_bytes(layout, num_steps)
+    if num_bytes != whole or num_bytes > len(blob):
+        raise Damaged("truncated" if num_bytes < whole else "size")
+    size = layout.payload_bytes(num_steps)
     if xxhash.xxh3_64_intdigest(blob[FRAME_BYTES : FRAME_BYTES + size]) != payload_sum:
         raise Damaged("checksum")
-    return keys

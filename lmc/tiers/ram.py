@@ -196,6 +196,10 @@ class RamTier:
         """Whether a ready chunk holds the step that `key` names."""
         return key in self._index
 
+    def parent_key(self, slot: int) -> Key | None:
+        """The key of the chunk before the one in `slot`."""
+        return self._parent_key[slot]
+
     def joined_keys(self, slot: int) -> bytes:
         """The step keys of the chunk in `slot`, joined."""
         return self._keys[slot]
@@ -358,6 +362,9 @@ class RamTier:
                 self._forget([slot])
             else:
                 del self._writing[Key(self._keys[slot])]
+                if chunk.parent != self._parent_key[slot]:  # it was reserved unknown
+                    self._unlink(slot)
+                    self._link(slot, chunk.parent)
                 self._insert(chunk, slot)
                 kept.append(slot)
         self._heat(kept)

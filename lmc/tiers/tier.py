@@ -47,6 +47,12 @@ class Tier(Protocol):
         """
         ...
 
+    def hottest(self, most: int) -> Sequence[Name]:
+        """One name of each of the `most` blobs used last, the last one first; empty where the tier
+        cannot tell. Asked once, after a start.
+        """
+        ...
+
     def forget(self, name: Name) -> None:
         """Drop a blob that turned out to be wrong."""
         ...

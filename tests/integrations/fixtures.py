@@ -58,11 +58,18 @@ def make_model(folder: Path, weights: bytes) -> Path:
 @pytest.fixture
 def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Builds harnesses: `harness(page=64, LMC_RAM_GB="0.05", model=folder, ...)`; closes them at
-    the end.
+    the end. A `cold` one brings nothing up from disk unasked.
     """
     opened: list[Any] = []
 
-    def build(page: int = 64, size: int = 8192, model: Path = model_folder, **settings: str) -> Any:
+    def build(
+        page: int = 64,
+        size: int = 8192,
+        model: Path = model_folder,
+        *,
+        cold: bool = False,
+        **settings: str,
+    ) -> Any:
         for name in ("LMC_TIERS", "LMC_SALT", "LMC_MODEL_VERSION", "LMC_CHUNK_TOKENS"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("LMC_RAM_GB", "0.2")
@@ -70,7 +77,10 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model))
-        opened.append(Harness(args, page, size))
+        with monkeypatch.context() as patch:
+            if cold:
+                patch.setattr("lmc.store.TieredStore.warm", lambda _: None)
+            opened.append(Harness(args, page, size))
         return opened[-1]
 
     yield build

@@ -71,7 +71,21 @@ def test_chunks_come_back_from_disk_in_a_new_process(harness, tmp_path):
     first.run(ids)
     first.settle()
     first.close()
-    second = harness(LMC_TIERS=f"file://{tmp_path}?gb=1")
+    second = harness(cold=True, LMC_TIERS=f"file://{tmp_path}?gb=1")
+    assert 4091 - second.run(ids) <= 64
+
+
+def test_chunks_come_up_by_themselves_in_a_new_process(harness, tmp_path):
+    ids = tokens(1, 4091)
+    place = f"file://{tmp_path}?gb=1"
+    first = harness(LMC_TIERS=place)
+    first.run(ids)
+    first.settle()
+    first.close()
+    second = harness(LMC_TIERS=place)
+    assert second.store.drain(10)
+    assert second.store.lookup(second.linker._steps(digests_of(ids, 64), 0)[1]) == 4091 // 64
+    second.store._guards[0]._tier.read = None  # the request needs the disk no more
     assert 4091 - second.run(ids) <= 64
 
 
@@ -327,7 +341,7 @@ def test_what_is_remembered_of_requests_does_not_grow(harness, monkeypatch):
 def test_a_request_waits_for_staging_once(harness, tmp_path):
     place = f"file://{tmp_path}?gb=1"
     stored(harness, 1000, LMC_TIERS=place).close()
-    h = harness(LMC_TIERS=place, LMC_STAGE_WAIT_MS="50")
+    h = harness(cold=True, LMC_TIERS=place, LMC_STAGE_WAIT_MS="50")
     tier = h.store._guards[0]._tier
     release = threading.Event()
     read = tier.read

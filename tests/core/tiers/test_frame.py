@@ -59,8 +59,9 @@ def test_frame_as_documented() -> None:
     assert (magic, version, num_keys, size) == (MAGIC, FORMAT_VERSION, 3, len(payload))
     assert total == xxhash.xxh3_64_intdigest(payload)
     assert digest == NAMESPACE.digest
-    assert blob[72 : 72 + 96] == b"".join(KEYS[:3])
-    assert blob[72 + 96 : FRAME_BYTES] == bytes(FRAME_BYTES - 168)
+    assert blob[72:104] == bytes(32), "no parent"
+    assert blob[104 : 104 + 96] == b"".join(KEYS[:3])
+    assert blob[104 + 96 : FRAME_BYTES] == bytes(FRAME_BYTES - 200)
     assert len(blob) == FRAME_BYTES + ALIGN
     assert blob[FRAME_BYTES + len(payload) :] == bytes(ALIGN - len(payload))
 
