@@ -146,6 +146,19 @@ class TierContract:
         assert tier.probe([tail, name]) == 2
         assert self.read(tier, name) == blob_of(name)
 
+    def test_hottest_are_the_ones_used_last_where_the_tier_can_tell(self, tier: Tier) -> None:
+        names = [name_of(n) for n in range(4)]
+        assert list(tier.hottest(10)) == []
+        for name in names:
+            tier.write(name, blob_of(name))
+        tier.probe([names[1]])
+        hottest = list(tier.hottest(3))
+        if hottest:
+            assert hottest[0] == names[1]
+            assert len({*hottest}) == len(hottest) == 3
+            assert {*hottest} < {*names}
+        assert list(tier.hottest(0)) == []
+
     def test_forgotten_blob_is_gone_and_can_be_written_again(self, tier: Tier) -> None:
         name = name_of(1)
         tier.write(name, blob_of(name_of(2)))

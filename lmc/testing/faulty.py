@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..keys import Name
     from ..tiers.tier import Tier
 
-VERBS = ("probe", "read", "write", "forget", "close")
+VERBS = ("probe", "read", "write", "hottest", "forget", "close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class FaultyTier:
             self._written[name] = None
 
     def hottest(self, most: int) -> Sequence[Name]:
-        return self._tier.hottest(most)
+        return () if self._suffer("hottest").lose else self._tier.hottest(most)
 
     def forget(self, name: Name) -> None:
         if not self._suffer("forget").lose:

@@ -171,6 +171,10 @@ class Life(RuleBasedStateMachine):
         self.store.poll(0.002)
 
     @rule()
+    def warm(self) -> None:
+        self.store.warm()
+
+    @rule()
     def evict_all_idle(self) -> None:
         push_out(self.store)
 
@@ -183,10 +187,12 @@ class Life(RuleBasedStateMachine):
             assert all(self.store.lookup(keys) == 0 for keys in DOCUMENTS.values())
             assert all(ticket.closed for ticket in self.tickets)
 
-    @rule()
-    def restart(self) -> None:
+    @rule(warm=st.booleans())
+    def restart(self, warm: bool) -> None:
         self.finish()
         self.open()
+        if warm:
+            self.store.warm()
 
     # --- whole lives in one step
 
@@ -243,7 +249,7 @@ class Life(RuleBasedStateMachine):
     # --- what goes wrong
 
     @rule(
-        verb=st.sampled_from(["probe", "read", "read", "write", "write", "forget"]),
+        verb=st.sampled_from(["probe", "read", "read", "write", "write", "hottest", "forget"]),
         fault=st.sampled_from(FAULTS),
         times=st.integers(1, 6),
         disk=st.booleans(),
