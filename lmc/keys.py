@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType
 
@@ -25,6 +26,11 @@ Name = NewType("Name", bytes)
 KEY_BYTES = 32
 FORMAT_VERSION = 1
 """Version of everything lmc itself writes: frame, chunk layout, naming. Part of every namespace."""
+
+
+def split_keys(joined: bytes | bytearray | memoryview) -> tuple[Key, ...]:
+    """Keys that were joined into one piece of memory."""
+    return struct.unpack(f"{KEY_BYTES}s" * (len(joined) // KEY_BYTES), joined)
 
 
 @dataclass(frozen=True, slots=True)

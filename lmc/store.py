@@ -22,7 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .keys import KEY_BYTES, Key, Name, Namespace
+from .keys import Key, Name, Namespace, split_keys
 from .stats import Stats
 from .tiers.arena import FRAME_BYTES, Arena
 from .tiers.frame import Damaged, check_payload, parse, seal, verify
@@ -255,7 +255,7 @@ class TieredStore:
         def write(tier: Tier) -> int:
             written: list[Name] = []
             for slot, joined, parent in work:
-                keys = [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
+                keys = split_keys(joined)
                 names = [namespace.fold(key) for key in keys]
                 blob = seal(view(slot), namespace, keys, layout, parent)
                 tier.write(names[-1], blob, names[:-1])

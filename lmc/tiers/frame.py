@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from ..keys import FORMAT_VERSION, KEY_BYTES, Key, Namespace
+from ..keys import FORMAT_VERSION, KEY_BYTES, Key, Namespace, split_keys
 from ..layout import KVLayout, aligned
 from .arena import FRAME_BYTES
 
@@ -114,10 +114,7 @@ def parse(
     if not 0 < num_keys <= layout.chunk_steps or size != layout.payload_bytes(num_keys):
         raise Damaged("layout")
     at = _HEAD.size
-    keys = tuple(
-        Key(bytes(block[i : i + KEY_BYTES]))
-        for i in range(at, at + num_keys * KEY_BYTES, KEY_BYTES)
-    )
+    keys = split_keys(block[at : at + num_keys * KEY_BYTES])
     return keys, None if parent == _NO_PARENT else Key(parent), payload_sum
 
 

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..keys import KEY_BYTES, Key
+from ..keys import KEY_BYTES, Key, split_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -166,8 +166,9 @@ class RamTier:
         self._pins = array("q", bytes(8 * n))
         self._parent = array("q", [NOBODY]) * n
         self._children = array("q", bytes(8 * n))  # ready ones and those being written
-        self._keys: list[bytes] = [b""] * n  # a chunk's step keys, joined
-        self._parent_key: list[Key | None] = [None] * n
+        # by slot; dicts of plain values, unlike lists, are nothing to the garbage collector
+        self._keys: dict[int, bytes] = {}  # a chunk's step keys, joined
+        self._parent_key: dict[int, Key] = {}  # none at the start of a sequence
 
     # --- finding
 
@@ -198,7 +199,7 @@ class RamTier:
 
     def parent_key(self, slot: int) -> Key | None:
         """The key of the chunk before the one in `slot`."""
-        return self._parent_key[slot]
+        return self._parent_key.get(slot)
 
     def joined_keys(self, slot: int) -> bytes:
         """The step keys of the chunk in `slot`, joined."""
@@ -253,10 +254,11 @@ class RamTier:
         for slot in self._writing.values():  # their leases hold them until they notice
             self._pins[slot] = 1
         for slot in {*self._index.values(), *self._writing.values()}:
-            self._parent[slot], self._parent_key[slot], self._children[slot] = NOBODY, None, 0
+            self._parent[slot], self._children[slot] = NOBODY, 0
             self._leave(slot)
         for table in (self._index, self._also, self._writing, self._orphans, self._lru):
             table.clear()
+        self._parent_key.clear()
 
     # --- accounting
 
@@ -300,7 +302,7 @@ class RamTier:
     def _check_index(self, ready: Sequence[int]) -> None:
         holders: dict[Key, set[int]] = {}
         for slot in ready:
-            for key in self._split(slot):
+            for key in split_keys(self._keys[slot]):
                 holders.setdefault(key, set()).add(slot)
         also = {key: {self._index[key], *more} for key, more in self._also.items()}
         assert all(len(slots) > 1 for slots in also.values()), "a step lists one holder twice"
@@ -322,10 +324,6 @@ class RamTier:
                 above = self._parent[above]
 
     # --- inside
-
-    def _split(self, slot: int) -> list[Key]:
-        joined = self._keys[slot]
-        return [Key(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
 
     def _span(self, slot: int, at: int, stop: int) -> Span:
         first = at % self._chunk_steps
@@ -362,7 +360,7 @@ class RamTier:
                 self._forget([slot])
             else:
                 del self._writing[Key(self._keys[slot])]
-                if chunk.parent != self._parent_key[slot]:  # it was reserved unknown
+                if chunk.parent != self._parent_key.get(slot):  # it was reserved unknown
                     self._unlink(slot)
                     self._link(slot, chunk.parent)
                 self._insert(chunk, slot)
@@ -372,13 +370,9 @@ class RamTier:
 
     def _insert(self, chunk: Chunk, slot: int) -> None:
         index, joined = self._index, b"".join(chunk.keys)
-        for old in {index[key] for key in chunk.keys if key in index}:
-            if joined.startswith(self._keys[old]):
-                self._drop(old)  # a tail: all its steps are in this chunk too
-        for key in chunk.keys:
-            if (old := index.get(key, NOBODY)) != NOBODY:
-                self._also.setdefault(key, {})[old] = None
-            index[key] = slot
+        if not index.keys().isdisjoint(chunk.keys):
+            self._meet(chunk, joined)
+        index.update(dict.fromkeys(chunk.keys, slot))
         self._state[slot] = State.READY
         self._keys[slot] = joined
         self._lru[slot] = None
@@ -386,10 +380,20 @@ class RamTier:
             self._parent[child] = slot
             self._children[slot] += 1
 
+    def _meet(self, chunk: Chunk, joined: bytes) -> None:
+        """A chunk comes whose first steps are here: tails that it holds go, others stay beside."""
+        index = self._index
+        for old in {index[key] for key in chunk.keys if key in index}:
+            if joined.startswith(self._keys[old]):
+                self._drop(old)
+        for key in chunk.keys:
+            if (old := index.get(key, NOBODY)) != NOBODY:
+                self._also.setdefault(key, {})[old] = None
+
     def _link(self, slot: int, parent_key: Key | None) -> None:
         """Make a chunk the child of its parent, or an orphan that waits for it."""
-        self._parent_key[slot] = parent_key
         if parent_key is not None:
+            self._parent_key[slot] = parent_key
             parent = self._parent[slot] = self._index.get(parent_key, NOBODY)
             if parent != NOBODY:
                 self._children[parent] += 1
@@ -397,7 +401,7 @@ class RamTier:
                 self._orphans.setdefault(parent_key, {})[slot] = None
 
     def _unlink(self, slot: int) -> None:
-        parent, parent_key = self._parent[slot], self._parent_key[slot]
+        parent, parent_key = self._parent[slot], self._parent_key.pop(slot, None)
         if parent != NOBODY:
             self._children[parent] -= 1
         elif parent_key is not None:
@@ -405,7 +409,7 @@ class RamTier:
             del orphans[slot]
             if not orphans:
                 del self._orphans[parent_key]
-        self._parent[slot], self._parent_key[slot] = NOBODY, None
+        self._parent[slot] = NOBODY
 
     def _heat(self, slots: Sequence[int]) -> None:
         """Make idle slots of one chain, and all that lies before them, the hottest: the last one
@@ -427,18 +431,19 @@ class RamTier:
         """Take a ready leaf out of the index; its memory goes now, or when its last reader has
         left.
         """
-        for key in self._split(slot):
-            self._unlist(key, slot)
+        index, also = self._index, self._also
+        for key in split_keys(self._keys[slot]):
+            if key in also:
+                self._hand_on(key, slot)
+            else:
+                del index[key]
         self._unlink(slot)
         self._lru.pop(slot, None)
         self._leave(slot)
 
-    def _unlist(self, key: Key, slot: int) -> None:
-        """`slot` no longer answers for `key`; another chunk with the same beginning may."""
-        others = self._also.get(key)
-        if others is None:
-            del self._index[key]
-            return
+    def _hand_on(self, key: Key, slot: int) -> None:
+        """`slot` no longer answers for `key`: another chunk with the same beginning does."""
+        others = self._also[key]
         if self._index[key] == slot:
             self._index[key] = others.popitem()[0]
         else:
@@ -454,7 +459,7 @@ class RamTier:
 
     def _release(self, slot: int) -> None:
         self._state[slot] = State.FREE
-        self._keys[slot] = b""
+        del self._keys[slot]
         self._free.append(slot)
 
     def _forget(self, slots: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -584,6 +585,17 @@ def test_clear_twice_with_everything_open(ram: Ram) -> None:
     writer.abort()
     ram.check()
     assert ram.hit(A) == 8
+
+
+# --- the garbage collector
+
+
+def test_index_does_not_feed_the_garbage_collector(ram: Ram) -> None:
+    ram.put(A[:14])
+    ram.reserve(chunks_of(B[:4])).abort()
+    for table in (ram._index, ram._keys, ram._parent_key, ram._writing):
+        assert not gc.is_tracked(table)
+    assert not any(gc.is_tracked(key) for key in ram._index)
 
 
 # --- the check itself
