@@ -40,7 +40,7 @@ SPILL_GROUP = 8
 WARM_LOOKS = 10_000
 WARM_GROUP = 8
 """Blobs looked at after a start at most; chunks that one job of it reads."""
-TICKET_LIFE_S = 60.0
+TICKET_LIFE_S = 10.0
 """Staged chunks nobody asked for are let go after this."""
 
 
@@ -76,6 +76,11 @@ class Ticket:
     def done(self) -> bool:
         """Whether nothing more will arrive."""
         return self.closed or not (self._planning or self._targets or self._coming)
+
+    @property
+    def moving(self) -> bool:
+        """Whether waiting helps: something is on its way, not only due once there is room."""
+        return not self.closed and (self._planning or bool(self._coming))
 
     def close(self) -> None:
         """Let go of what was held; what is still on its way arrives unpinned. May be called
@@ -147,9 +152,9 @@ class TieredStore:
         return sum(span.steps for span in self.ram.find(keys, start))
 
     def settle(self, ticket: Ticket, timeout_s: float) -> bool:
-        """Wait for a ticket to be done, at most `timeout_s`."""
+        """Wait for what is on its way to a ticket, at most `timeout_s`; whether it is done."""
         deadline = time.monotonic() + timeout_s
-        while not ticket.done and (left := deadline - time.monotonic()) > 0:
+        while ticket.moving and (left := deadline - time.monotonic()) > 0:
             self.poll(left)
         return ticket.done
 
@@ -176,7 +181,7 @@ class TieredStore:
         scheduler step.
         """
         count = self._done.run(timeout_s)
-        if self._tickets and time.monotonic() - self._tickets[0].created > TICKET_LIFE_S:
+        while self._tickets and time.monotonic() - self._tickets[0].created > TICKET_LIFE_S:
             self._tickets.popleft().close()
         return count
 

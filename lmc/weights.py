@@ -14,7 +14,6 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 SAMPLE_BYTES = 256
@@ -45,8 +44,7 @@ def _digest_of_file(path: Path) -> bytes:
     try:
         header = _safetensors_header(fd, size) if path.suffix == ".safetensors" else b""
         digest.update(header)
-        places = _places_in_tensors(header) if header else _places_in_file(size)
-        for place in places:
+        for place in _places_in_tensors(header) or _places_in_file(size):
             digest.update(os.pread(fd, SAMPLE_BYTES, place))
     finally:
         os.close(fd)
@@ -63,13 +61,19 @@ def _safetensors_header(fd: int, size: int) -> bytes:
     return os.pread(fd, 8 + length, 0)
 
 
-def _places_in_tensors(header: bytes) -> Iterator[int]:
-    for name, tensor in sorted(json.loads(header[8:]).items()):
-        if name != "__metadata__":
-            begin, end = tensor["data_offsets"]
-            for part in (1, 2, 3):
-                yield len(header) + begin + max(0, (end - begin) * part // 4 - SAMPLE_BYTES // 2)
+def _places_in_tensors(header: bytes) -> list[int]:
+    """Three places of every tensor; none if this is no header of safetensors after all."""
+    try:
+        tensors = sorted(json.loads(header[8:]).items())
+        spans = [tensor["data_offsets"] for name, tensor in tensors if name != "__metadata__"]
+        return [
+            len(header) + begin + max(0, (end - begin) * part // 4 - SAMPLE_BYTES // 2)
+            for begin, end in spans
+            for part in (1, 2, 3)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
-def _places_in_file(size: int) -> Iterator[int]:
-    yield from range(0, size, max(1, size // _SAMPLES_OF_A_FILE))
+def _places_in_file(size: int) -> range:
+    return range(0, size, max(1, size // _SAMPLES_OF_A_FILE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmc")
 
 HASHING = "sglang-sha256-chain-v1"
-_RANDOM_WEIGHTS = ("dummy",)
+_FROM_THE_FOLDER = (
+    "auto",
+    "pt",
+    "safetensors",
+    "npcache",
+    "fastsafetensors",
+    "gguf",
+    "bitsandbytes",
+    "mistral",
+    "layered",
+)
+"""Load formats whose weights are the files of the model's folder; others may come from anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +90,16 @@ def namespace_of(
             "dtype": str(server_args.dtype),
             "quantization": str(server_args.quantization),
             "model_override_args": str(server_args.json_model_override_args),
+            "kv_scales": _digest_of(server_args.quantization_param_path),
             "rank": f"{ranks.rank}/{ranks.size}",
             "salt": config.salt,
             **pool.fields,
             **layout.describe(),
         }
     )
+    if server_args.enable_lora or server_args.lora_paths:
+        log.warning("lmc does not tell the contents of LoRA adapters apart: chunks stay here")
+        return namespace.next_generation()
     if weights:
         return namespace
     log.warning(
@@ -94,11 +110,18 @@ def namespace_of(
     return namespace.next_generation()
 
 
+def _digest_of(path: str | None) -> str:
+    """Content of a file that changes what the KV means; a missing one is SGLang's to refuse."""
+    if path is None or not os.path.isfile(path):
+        return str(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def _weights(server_args: Any, config: Config) -> str:
     """A name for the weights: the user's, or a digest of the files; "" if neither is to be had."""
     if config.model_version:
-        return f"named:{config.model_version}"
-    if server_args.load_format in _RANDOM_WEIGHTS:
+        return f"named:{config.model_version}:{server_args.model_path}"
+    if server_args.load_format not in _FROM_THE_FOLDER:
         return ""
     try:
         return f"digest:{fingerprint(_model_folder(server_args))}"
@@ -116,6 +139,13 @@ def _model_folder(server_args: Any) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=server_args.revision, local_files_only=True))
+        return Path(
+            snapshot_download(
+                path,
+                revision=server_args.revision,
+                cache_dir=server_args.download_dir,
+                local_files_only=True,
+            )
+        )
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{path} is neither a folder nor in the local hub cache") from error

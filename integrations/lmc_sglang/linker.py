@@ -150,6 +150,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._queued: dict[str, _Load] = {}
         self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
         self._offloads: deque[_Offload] = deque()
+        self._tree_used = False  # since the last flush
         self._stale_tree = False  # the device holds KV of weights that are no more
         get_storage_hash_str(
             RadixKey([0]), None, page_size=1
@@ -161,9 +162,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     def match_begins(self, device_pages: int) -> None:
         self._device_pages = device_pages
+        self._tree_used = True
 
     def offload_begins(self, cache: Any, node_id: int) -> None:
         self._node = (cache, node_id)
+        self._tree_used = True
 
     def request_arrived(self, req: Any) -> None:
         """Start bringing up the request's prefix; its chain is in use from now on, the device's
@@ -191,7 +194,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Nothing stored is found again; the tree's KV is not kept until it was flushed."""
         self._store.renew()
         self._arrivals.clear()
-        self._stale_tree = True
+        for rid in list(self._promised):
+            self._break_promise(rid)
+        self._stale_tree = self._stale_tree or self._tree_used
 
     def snapshot(self) -> dict[str, float]:
         return self._store.snapshot()
@@ -215,6 +220,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
         with self._store.stats.timed("scheduler.load"):
+            self.cancel_queued_load(rid)
             load = self._promised.pop(rid, None)
             if load is None:
                 return False
@@ -307,7 +313,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """SGLang flushed its tree: copies end, promises go, what is stored stays."""
         self._quiesce()
         self.layer_done_counter.reset()
-        self._stale_tree = False
+        self._stale_tree = self._tree_used = False
 
     def close(self) -> None:
         compat.stop_listening(self)
@@ -333,7 +339,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Wait for what is on its way up, once a request and within this pass's budget; seconds it
         took.
         """
-        if arrival.waited or arrival.ticket.done or self._wait_left_s <= 0:
+        if arrival.waited or not arrival.ticket.moving or self._wait_left_s <= 0:
             return 0.0
         arrival.waited = True
         started = time.perf_counter()
@@ -381,7 +387,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         first = path[-1].path_start // layout.page_tokens
         begin = first - first % layout.chunk_pages
         low = max(0, begin - 1)  # the page before a chunk names its parent
-        digests = [*_digests_between(tree, path[:-1], layout.page_tokens, low, first), *digests]
+        before = _digests_between(tree, path[:-1], layout.page_tokens, low, first)
+        if len(before) != first - low:  # a node without digests: no names, hence nothing to keep
+            return 0, []
+        digests = [*before, *digests]
         parent = Key(bytes.fromhex(digests[0])) if begin else None
         keys = self._steps(digests[begin - low :], begin)[1][:]
         chunks: list[Chunk] = []

@@ -57,7 +57,8 @@ def describe(params: Any, components: Any) -> DevicePool:
     fields = {
         "pool": kind,
         "pool_layout": mha.buffers.layout.value,
-        "kv_dtype": str(mha.dtype),
+        "kv_dtype": str(pool.dtype),
+        "store_dtype": str(mha.dtype),
         "heads": str(mha.head_num),
         "head_dims": f"{mha.head_dim},{mha.v_head_dim}",
         "layers": ",".join(map(str, info.layer_ids)),

@@ -30,6 +30,7 @@ MAX_ERRORS = 5
 REST_S = 10.0
 JOB_TIMEOUT_S = 30.0
 _GRACE_S = 1.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True, eq=False)
@@ -183,6 +184,8 @@ class Guard:
             else type(error).__name__
         )
         self._stats.add(f"{self.name}.error.{cause}")
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return  # nothing more fits, but what is there can be read
         self._errors_in_a_row += 1
         if self._errors_in_a_row >= MAX_ERRORS:
             self._rest(f"{error!r}", "errors")
