@@ -392,6 +392,7 @@ class TieredStore:
                     lease.abort()
                 else:
                     lease.commit([chunk])
+                    self.ram.cool(lease.slots[0])
                     self.stats.add(f"{guard.name}.warmed")
             self._warm(guard, names)
 

@@ -209,6 +209,18 @@ class RamTier:
         """Make a chain the hottest, its beginning hottest of all."""
         self._heat([span.slot for span in spans])
 
+    def cool(self, slot: int) -> None:
+        """Make a chunk that nobody asked for the coldest, and its chain not much warmer: it goes
+        before whatever was used.
+        """
+        chain = []
+        while slot != NOBODY:
+            chain.append(slot)
+            slot = self._parent[slot]
+        for above in reversed(chain):
+            if above in self._lru:
+                self._lru.move_to_end(above, last=False)
+
     def pin(self, spans: Sequence[Span]) -> ReadLease:
         """Hold what `find` just answered."""
         for span in spans:

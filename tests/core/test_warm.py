@@ -146,3 +146,16 @@ def test_a_request_beside_it_gets_its_chunks(opened) -> None:
     ticket.close()
     assert store.drain(10)
     store.ram.check()
+
+
+def test_it_goes_before_what_was_used_and_the_hottest_last(opened) -> None:
+    first = opened(slots=12)
+    for seed in range(1, 5):
+        fill(first, seed, 4)
+    first.close(5)
+    second = opened(slots=12)
+    fill(second, 9, 4)  # a request before anything came up
+    warmed(second)
+    fill(second, 10, 4 * 9)
+    left = [seed for seed in (1, 2, 3, 4, 9) if second.lookup(keys_of(seed, 4))]
+    assert left == [3, 4, 9]

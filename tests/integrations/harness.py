@@ -56,7 +56,7 @@ class Request(SimpleNamespace):
 
 class Harness:
     def __init__(self, server_args, page: int = 64, size: int = 8192, **arguments: object) -> None:
-        self.page = page
+        self.page, self.server_args = page, server_args
         shape = {"dtype": torch.float32, "head_num": HEADS, "head_dim": DIM, "layer_num": LAYERS}
         self.pool = MHATokenToKVPool(
             size=size, page_size=page, device="cpu", enable_memory_saver=False, **shape

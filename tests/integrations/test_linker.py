@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
@@ -421,3 +422,38 @@ def test_a_copy_that_fails_fails_nobody(harness, monkeypatch):
         h.cache.ready_to_load_host_cache()
         assert h.cache.linker.finish_loads() == [req.rid]
     assert_nothing_held(h)
+
+
+def test_a_weight_update_session_leaves_lmc_on(harness):
+    """SGLang flushes inside the session and ends it afterwards: the tree is empty by then."""
+    h = stored(harness, 1000)
+    h.run(tokens(1, 1000))
+    h.linker.weights_changed()  # begin
+    h.linker.weights_changed()  # update
+    h.flush()
+    h.linker.weights_changed()  # end
+    assert h.run(tokens(1, 1000)) == 0
+    h.settle()
+    h.flush()
+    assert h.run(tokens(1, 1000)) == 960
+
+
+def test_requests_that_need_nothing_do_not_hold_up_staging(harness, tmp_path, monkeypatch):
+    """Staged for nothing, never looked up: the next request does not wait, and has room in time."""
+    monkeypatch.setattr("lmc.store.TICKET_LIFE_S", 0.2)
+    place = f"file://{tmp_path}?gb=1"
+    for seed in (1, 2):
+        first = harness(LMC_TIERS=place)
+        first.run(tokens(seed, 1100))
+        first.settle()
+        first.close()
+    h = harness(cold=True, LMC_TIERS=place, LMC_RAM_GB=str(8 * CHUNK_BYTES / 1e9))
+    idle = h.arrive(tokens(1, 1100))
+    h.store.settle(h.linker._arrivals[idle.rid].ticket, 5)
+    req = h.arrive(tokens(2, 1100))
+    started = time.monotonic()
+    h.match(req)
+    assert time.monotonic() - started < 2, "there is no room, and waiting makes none"
+    time.sleep(0.3)
+    h.step()
+    assert h.run(tokens(2, 1100)) >= 1024

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
+from lmc.config import Config
 from lmc_sglang import pools
-from lmc_sglang.identity import Ranks
+from lmc_sglang.identity import Ranks, namespace_of
 from tests.integrations.fixtures import SERVER_ARGS
 
 
@@ -101,3 +103,32 @@ def test_unknown_weights_stay_in_the_process(harness, tmp_path, caplog):
     assert h.store.namespace.private
     assert "LMC_MODEL_VERSION" in caplog.text
     assert not harness(model=tmp_path / "nowhere", LMC_MODEL_VERSION="v1").store.namespace.private
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"load_format": "dummy"}, {"load_format": "remote_instance"}, {"enable_lora": True}],
+    ids=str,
+)
+def test_weights_that_the_folder_does_not_tell_stay_in_the_process(harness, arguments):
+    h = harness()
+    args = msgspec.structs.replace(SERVER_ARGS, model_path=h.server_args.model_path, **arguments)
+    ranks = Ranks.of(args, h.params)
+    pool = pools.describe(h.params, {ComponentType.FULL})
+    assert namespace_of(args, Config(), pool, h.store.layout, ranks).private
+
+
+def test_scales_of_the_kv_belong_to_its_name(harness, tmp_path):
+    h, names = harness(), set()
+    for scales in ("one", "other"):
+        file = tmp_path / scales
+        file.write_text(scales)
+        args = msgspec.structs.replace(
+            SERVER_ARGS,
+            model_path=h.server_args.model_path,
+            quantization_param_path=str(file),
+        )
+        pool = pools.describe(h.params, {ComponentType.FULL})
+        ranks = Ranks.of(args, h.params)
+        names.add(namespace_of(args, Config(), pool, h.store.layout, ranks).digest)
+    assert len(names) == 2
