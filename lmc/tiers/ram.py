@@ -210,16 +210,11 @@ class RamTier:
         self._heat([span.slot for span in spans])
 
     def cool(self, slot: int) -> None:
-        """Make a chunk that nobody asked for the coldest, and its chain not much warmer: it goes
+        """Make a chunk that nobody asked for the coldest, if nothing here builds on it: it goes
         before whatever was used.
         """
-        chain = []
-        while slot != NOBODY:
-            chain.append(slot)
-            slot = self._parent[slot]
-        for above in reversed(chain):
-            if above in self._lru:
-                self._lru.move_to_end(above, last=False)
+        if slot in self._lru and not self._children[slot]:
+            self._lru.move_to_end(slot, last=False)
 
     def pin(self, spans: Sequence[Span]) -> ReadLease:
         """Hold what `find` just answered."""
