@@ -1,5 +1,5 @@
-# Sourced. `use_env dev` or `use_env sglang` makes, renews or reuses a virtual environment in .venvs/ and sets $PY to
-# its Python. A stamp holds what an environment was made from: while that is unchanged, use_env costs a moment.
+# Sourced. `use_env dev`, `use_env sglang` or `use_env vllm` makes, renews or reuses a virtual environment in .venvs/ and
+# sets $PY to its Python. A stamp holds what an environment was made from: while that is unchanged, use_env costs a moment.
 # The machine needs Debian's or PyPI's usual tools only; what is missing is installed (root on Debian) or named.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -41,7 +41,7 @@ packages_stamp() {
 project_stamp() {
     (
         cd "$ROOT"
-        cat pyproject.toml setup.py lmc/cpu/*.c tests/engines/cpu_platform/pyproject.toml
+        cat pyproject.toml setup.py lmc/cpu/*.c tests/engines/*/pyproject.toml
         ls integrations
     ) | sha256sum | cut -c1-64
 }
@@ -61,9 +61,10 @@ install_project() {
     local name=$1
     say "environment $name: installing this repository"
     install "$name" --no-build-isolation --no-deps -e "$ROOT"
-    if [[ $name == sglang ]]; then
-        install "$name" --no-build-isolation --no-deps -e "$ROOT/tests/engines/cpu_platform"
-    fi
+    case $name in # what lets the engine run on a CPU
+        sglang) install "$name" --no-build-isolation --no-deps -e "$ROOT/tests/engines/cpu_platform" ;;
+        vllm) install "$name" --no-build-isolation --no-deps -e "$ROOT/tests/engines/vllm_name" ;;
+    esac
     project_stamp > "$ROOT/.venvs/$name/project.stamp"
 }
 
