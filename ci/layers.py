@@ -47,8 +47,11 @@ INTEGRATIONS = STORE | TRANSFER | {"__init__", "weights"}
 CORE = STORE | {"weights"}
 CORE_NEEDS = frozenset({"xxhash"})
 """What the core imports beside the standard library."""
-CLIENTS = frozenset({"redis", "obstore", "mooncake", "nixl"})
-"""What a tier may import when its URL is opened, inside a function."""
+CLIENTS = {
+    "tiers": frozenset({"redis", "obstore", "mooncake", "nixl"}),
+    "weights": frozenset({"huggingface_hub"}),
+}
+"""What a part may import inside a function, when it is needed: a tier when its URL is opened."""
 
 FORBIDDEN = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
 FORBIDDEN_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
@@ -137,7 +140,7 @@ def check_import(package: str, part: str, imported: Import) -> Iterator[tuple[in
         elif target not in allowed and not (target == part and part in COPY):
             yield imported.line, f"{_whole(package, part)} may not import lmc.{target}"
     elif package == "lmc" and part in CORE:
-        client = top in CLIENTS and part == "tiers" and not imported.at_top
+        client = top in CLIENTS.get(part, frozenset()) and not imported.at_top
         if top not in sys.stdlib_module_names | CORE_NEEDS and not client:
             yield imported.line, f"the core may not import {top}"
     elif top.startswith("lmc_") and top != package and (package != "lmc" or part != "cli"):

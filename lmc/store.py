@@ -82,6 +82,11 @@ class Ticket:
         """Whether waiting helps: something is on its way, not only due once there is room."""
         return not self.closed and (self._planning or bool(self._coming))
 
+    @property
+    def arrived(self) -> int:
+        """Chunks held for it so far: while this grows, waiting helps."""
+        return len(self._held)
+
     def close(self) -> None:
         """Let go of what was held; what is still on its way arrives unpinned. May be called
         again.
@@ -104,7 +109,12 @@ class TieredStore:
         stats: Stats | None = None,
         io_threads: int = 4,
         write_queue_bytes: int = 10**9,
+        shared: bool = False,
     ) -> None:
+        """With `shared`, other processes can map the arena (`Arena.attach`).
+
+        Raises ValueError if `ram_bytes` are too few, or more than there is.
+        """
         slot_bytes = Arena.slot_size(layout.chunk_bytes)
         slots = ram_bytes // slot_bytes
         if slots < 2:
@@ -115,7 +125,7 @@ class TieredStore:
         self.layout, self.namespace = layout, namespace
         self.stats = stats or Stats()
         try:
-            self.arena = Arena(slots, layout.chunk_bytes)
+            self.arena = Arena(slots, layout.chunk_bytes, shared=shared)
         except (OSError, OverflowError) as error:
             raise ValueError(f"LMC_RAM_GB: {ram_bytes / 1e9:.3f} GB for a rank: {error}") from error
         self.ram = RamTier(self.arena, layout.chunk_steps)
@@ -166,12 +176,12 @@ class TieredStore:
 
     # --- store
 
-    def reserve(self, chunks: Sequence[Chunk]) -> WriteLease:
+    def reserve(self, chunks: Sequence[Chunk], *, spill: bool = True) -> WriteLease:
         """Slots for the chunks of one chain that RAM lacks, as many as fit; on commit they start
-        their way down.
+        their way down, unless nobody will ever ask for them there.
         """
         lease = self.ram.reserve(chunks)
-        lease.on_commit = self._spill
+        lease.on_commit = self._spill if spill else self._keep
         return lease
 
     # --- upkeep
@@ -244,8 +254,11 @@ class TieredStore:
 
     # --- down
 
-    def _spill(self, slots: Sequence[int]) -> None:
+    def _keep(self, slots: Sequence[int]) -> None:
         self.stats.add("ram.stored", len(slots))
+
+    def _spill(self, slots: Sequence[int]) -> None:
+        self._keep(slots)
         for guard in () if self._closed else self._guards:
             if self._reaches(guard):
                 for i in range(0, len(slots), self._spill_group_chunks):

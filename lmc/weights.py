@@ -10,17 +10,51 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+log = logging.getLogger("lmc")
 
 SAMPLE_BYTES = 256
 _SAMPLES_OF_A_FILE = 256
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
 _MAX_HEADER_BYTES = 100 << 20
+
+
+def name_of(
+    model: str, version: str, revision: str | None, cache_dir: str | None, *, in_folder: bool
+) -> str:
+    """A name for a model's weights: the user's `version`, or a digest of the files; "" if neither
+    is to be had (`in_folder`: whether the engine reads the weights from the model's folder).
+    """
+    if version:
+        return f"named:{version}:{model}"
+    if not in_folder:
+        return ""
+    try:
+        return f"digest:{fingerprint(model_folder(model, revision, cache_dir))}"
+    except OSError as error:
+        log.info("no digest of the weights: %s", error)
+        return ""
+
+
+def model_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
+    """Where the weights lie on this machine. Raises FileNotFoundError."""
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{model} is neither a folder nor in the local hub cache"
+        ) from error
 
 
 def fingerprint(folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmc.keys import Namespace
-from lmc.weights import fingerprint
+from lmc.weights import name_of as weights_name
 
 if TYPE_CHECKING:
     from lmc.config import Config
@@ -81,7 +81,13 @@ def namespace_of(
     server_args: Any, config: Config, pool: DevicePool, layout: KVLayout, ranks: Ranks
 ) -> Namespace:
     """Everything that changes the bytes of this rank's chunks, apart from the tokens."""
-    weights = _weights(server_args, config)
+    weights = weights_name(
+        server_args.model_path,
+        config.model_version,
+        server_args.revision,
+        server_args.download_dir,
+        in_folder=server_args.load_format in _FROM_THE_FOLDER,
+    )
     namespace = Namespace.of(
         {
             "engine": "sglang",
@@ -115,37 +121,3 @@ def _digest_of(path: str | None) -> str:
     if path is None or not os.path.isfile(path):
         return str(path)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _weights(server_args: Any, config: Config) -> str:
-    """A name for the weights: the user's, or a digest of the files; "" if neither is to be had."""
-    if config.model_version:
-        return f"named:{config.model_version}:{server_args.model_path}"
-    if server_args.load_format not in _FROM_THE_FOLDER:
-        return ""
-    try:
-        return f"digest:{fingerprint(_model_folder(server_args))}"
-    except OSError as error:
-        log.info("no digest of the weights: %s", error)
-        return ""
-
-
-def _model_folder(server_args: Any) -> Path:
-    """Where the weights lie on this machine. Raises FileNotFoundError."""
-    path = server_args.model_path
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                path,
-                revision=server_args.revision,
-                cache_dir=server_args.download_dir,
-                local_files_only=True,
-            )
-        )
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"{path} is neither a folder nor in the local hub cache") from error

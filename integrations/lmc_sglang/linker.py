@@ -36,7 +36,7 @@ from lmc.layout import KVLayout
 from lmc.store import Ticket, TieredStore
 from lmc.tiers import open_tiers
 from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
-from lmc.transfer import Copier, Job, Piece, resolve
+from lmc.transfer import Copier, Job, Piece, Transfer, resolve
 
 from . import compat, pools
 from .identity import Ranks, namespace_of
@@ -132,7 +132,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._layout = KVLayout(params.page_size, config.chunk_tokens, pool.pages.page_bytes)
         self._ranks = ranks
         self._stage_wait_s = config.stage_wait_s
-        self._copier = Copier(pool.pages, resolve(config.kernels, pool.pages.device))
+        self._pages = pool.pages
+        self._copier = Copier(resolve(config.kernels, pool.pages.device))
         tiers = open_tiers(config)
         self._store = TieredStore(
             self._layout,
@@ -241,9 +242,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             counter = self.layer_done_counter
             index = int(counter.update_producer())
             page_ids = torch.cat([load.page_ids for load in loads if load.page_ids is not None])
+            pieces = [piece for load in loads for piece in load.pieces]
             job = self._copier.load(
-                page_ids,
-                [piece for load in loads for piece in load.pieces],
+                [Transfer(self._pages, page_ids, pieces)],
                 lambda layer: counter.complete(index, layer),
             )
             job.when_done(lambda error: counter.fail(index, error) if error else None)
@@ -285,7 +286,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 self._offloads.append(_Offload(kept))
                 return True
             slots = cache.path_device_indices(node_id)[first * self._layout.chunk_tokens :]
-            job = self._copier.store(*self._sources(slots, chunks, lease))
+            page_ids, pieces = self._sources(slots, chunks, lease)
+            job = self._copier.store([Transfer(self._pages, page_ids, pieces)])
             self._offloads.append(_Offload(kept, job, lease))
             return True
 

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
-import torch
-
 from lmc.transfer.ops import Backend
-from lmc.transfer.pages import PagedPool, Piece, Transfer
+from lmc.transfer.pages import Transfer
 
 __all__ = ["Copier", "Job"]
 
@@ -53,38 +51,44 @@ class Job:
 
 
 class Copier:
-    def __init__(self, pool: PagedPool, backend: Backend) -> None:
-        self._pool = pool
+    """Transfers of one job run one after the other; its memory and page ids are left alone until
+    it is over.
+    """
+
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._stores = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
 
-    def store(self, page_ids: torch.Tensor, pieces: Sequence[Piece]) -> Job:
-        """Gather pages into chunks, all planes in one call."""
-        transfer = self._transfer(page_ids, pieces)
-        planes = range(len(self._pool.planes))
-        return Job(self._stores.submit(self._backend.gather, transfer, planes))
+    def store(self, transfers: Sequence[Transfer]) -> Job:
+        """Gather pages into chunks, all planes of a pool in one call."""
+        return Job(self._stores.submit(self._store, tuple(transfers)))
 
     def load(
-        self,
-        page_ids: torch.Tensor,
-        pieces: Sequence[Piece],
-        layer_done: Callable[[int], None],
+        self, transfers: Sequence[Transfer], layer_done: Callable[[int], None] | None = None
     ) -> Job:
-        """Scatter chunks into pages layer by layer; after each, the worker calls `layer_done`."""
-        transfer = self._transfer(page_ids, pieces)
-        return Job(self._loads.submit(self._load, transfer, layer_done))
+        """Scatter chunks into pages, all planes of a pool in one call; with `layer_done`, layer by
+        layer (of one pool), and after each the worker calls it.
+        """
+        return Job(self._loads.submit(self._load, tuple(transfers), layer_done))
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""
         for pool in (self._stores, self._loads):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _transfer(self, page_ids: torch.Tensor, pieces: Sequence[Piece]) -> Transfer:
-        # A copy of the ids: the caller's tensor may change before the worker reads it.
-        return Transfer(self._pool, page_ids.clone(), pieces)
+    def _store(self, transfers: tuple[Transfer, ...]) -> None:
+        for transfer in transfers:
+            self._backend.gather(transfer, range(len(transfer.pool.planes)))
 
-    def _load(self, transfer: Transfer, layer_done: Callable[[int], None]) -> None:
-        for layer in range(self._pool.num_layers):
-            self._backend.scatter(transfer, self._pool.layer_planes(layer))
+    def _load(
+        self, transfers: tuple[Transfer, ...], layer_done: Callable[[int], None] | None
+    ) -> None:
+        if layer_done is None:
+            for transfer in transfers:
+                self._backend.scatter(transfer, range(len(transfer.pool.planes)))
+            return
+        (transfer,) = transfers
+        for layer in range(transfer.pool.num_layers):
+            self._backend.scatter(transfer, transfer.pool.layer_planes(layer))
             layer_done(layer)

@@ -129,7 +129,8 @@ class Transfer:
         if num_pages != len(page_ids):
             raise ValueError(f"{len(page_ids)} page ids for pieces of {num_pages} pages")
         self.pool = pool
-        self.page_ids = page_ids.contiguous()
+        # a copy: the caller's tensor may change before a worker reads it
+        self.page_ids = page_ids.clone(memory_format=torch.contiguous_format)
         self.pieces = tuple(pieces)
         self.table = array("q")  # one row a piece: address, chunk_pages, first, pages
         for piece in pieces:

@@ -3,7 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -16,6 +16,10 @@ from lmc.transfer.pages import PagedPool, Transfer
 from lmc.transfer.reference import TorchBackend
 
 from .conftest import Chunk, random_pool
+
+
+def transfer_of(pool: PagedPool, page_ids: torch.Tensor, *chunks: Chunk) -> Transfer:
+    return Transfer(pool, page_ids, [chunk.piece() for chunk in chunks])
 
 
 class Gate(TorchBackend):
@@ -52,12 +56,12 @@ def test_store_then_load_brings_the_bytes_back(backend: Backend) -> None:
     chunk = Chunk(pool, 8)
     ids, new_ids = torch.randperm(16)[:8], torch.randperm(16)[:8]
     before = [plane[ids] for plane in pool.planes]
-    copier = Copier(pool, backend)
-    job = copier.store(ids, [chunk.piece()])
+    copier = Copier(backend)
+    job = copier.store([transfer_of(pool, ids, chunk)])
     assert job.wait()
     assert (job.done(), job.error) == (True, None)
     layers: list[int] = []
-    job = copier.load(new_ids, [chunk.piece()], layers.append)
+    job = copier.load([transfer_of(pool, new_ids, chunk)], layers.append)
     copier.close()
     assert (job.done(), job.error) == (True, None)
     assert layers == [0, 1, 2]
@@ -76,8 +80,8 @@ def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
     def layer_done(layer: int) -> None:
         sums.append([int(plane.sum()) for plane in pool.planes])
 
-    copier = Copier(pool, TorchBackend())
-    copier.load(torch.arange(4), [chunk.piece()], layer_done)
+    copier = Copier(TorchBackend())
+    copier.load([transfer_of(pool, torch.arange(4), chunk)], layer_done)
     copier.close()
     assert sums == [
         [384, 28, 0, 0, 0, 0],
@@ -89,10 +93,10 @@ def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
 def test_a_load_does_not_queue_behind_stores() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(pool, gate)
+    copier = Copier(gate)
     chunks = [Chunk(pool, 4) for _ in range(4)]
-    stores = [copier.store(torch.arange(4), [chunk.piece()]) for chunk in chunks[1:]]
-    load = copier.load(torch.arange(4), [chunks[0].piece()], lambda layer: None)
+    stores = [copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks[1:]]
+    load = copier.load([transfer_of(pool, torch.arange(4), chunks[0])])
     assert load.wait(30)
     assert not any(job.done() for job in stores)
     assert not stores[0].wait(0.01)
@@ -100,12 +104,27 @@ def test_a_load_does_not_queue_behind_stores() -> None:
     copier.close()
 
 
+def test_a_job_moves_pages_of_several_pools_in_order(backend: Backend) -> None:
+    pools = [pool_of_layers(), random_pool([64], 8)]
+    chunks = [Chunk(pool, 4) for pool in pools]
+    ids, new_ids = torch.tensor([3, 1, 0, 7]), torch.tensor([4, 6, 2, 5])
+    before = [[plane[ids] for plane in pool.planes] for pool in pools]
+    copier = Copier(backend)
+    pairs = list(zip(pools, chunks, strict=True))
+    copier.store([Transfer(pool, ids, [chunk.piece()]) for pool, chunk in pairs]).wait()
+    job = copier.load([Transfer(pool, new_ids, [chunk.piece()]) for pool, chunk in pairs])
+    copier.close()
+    assert job.error is None
+    after = [[plane[new_ids] for plane in pool.planes] for pool in pools]
+    assert all(map(torch.equal, chain(*after), chain(*before)))
+
+
 def test_only_a_queued_job_is_cancelled() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(pool, gate)
+    copier = Copier(gate)
     chunks = [Chunk(pool, 4) for _ in range(3)]
-    running, queued, last = (copier.store(torch.arange(4), [c.piece()]) for c in chunks)
+    running, queued, last = (copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks)
     assert gate.entered.wait(30)
     assert not running.cancel()
     assert queued.cancel()
@@ -123,36 +142,38 @@ def test_only_a_queued_job_is_cancelled() -> None:
 def test_close_waits_for_what_runs_and_cancels_the_rest() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(pool, gate)
+    copier = Copier(gate)
     chunks = [Chunk(pool, 4) for _ in range(2)]
-    running, queued = (copier.store(torch.arange(4), [chunk.piece()]) for chunk in chunks)
+    running, queued = (
+        copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks
+    )
     assert gate.entered.wait(30)
     threading.Timer(0.05, gate.open.set).start()
     copier.close()
     assert (running.done(), running.error) == (True, None)
     assert isinstance(queued.error, CancelledError)
     with pytest.raises(RuntimeError, match="shutdown"):
-        copier.store(torch.arange(4), [chunks[0].piece()])
+        copier.store([transfer_of(pool, torch.arange(4), chunks[0])])
 
 
 def test_an_error_in_the_worker_travels_in_the_job() -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 4)
-    copier = Copier(pool, Broken(plane=2))
+    copier = Copier(Broken(plane=2))
     layers: list[int] = []
-    job = copier.load(torch.arange(4), [chunk.piece()], layers.append)
+    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers.append)
     assert job.wait(30)
     assert isinstance(job.error, OSError)
     assert layers == [0]
-    assert copier.store(torch.arange(4), [chunk.piece()]).wait(30)
+    assert copier.store([transfer_of(pool, torch.arange(4), chunk)]).wait(30)
     copier.close()
 
 
 def test_an_error_in_layer_done_ends_the_load() -> None:
     pool = pool_of_layers()
-    copier = Copier(pool, TorchBackend())
+    copier = Copier(TorchBackend())
     chunk = Chunk(pool, 4)
-    job = copier.load(torch.arange(4), [chunk.piece()], lambda layer: [][layer])
+    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], lambda layer: [][layer])
     assert job.wait(30)
     assert isinstance(job.error, IndexError)
     copier.close()
@@ -160,18 +181,18 @@ def test_an_error_in_layer_done_ends_the_load() -> None:
 
 def test_a_bad_transfer_is_refused_where_it_is_made() -> None:
     pool = pool_of_layers()
-    copier = Copier(pool, TorchBackend())
+    copier = Copier(TorchBackend())
     with pytest.raises(IndexError, match="outside a pool"):
-        copier.store(torch.tensor([16]), [Chunk(pool, 1).piece()])
+        copier.store([Transfer(pool, torch.tensor([16]), [Chunk(pool, 1).piece()])])
     copier.close()
 
 
 def test_page_ids_may_change_once_the_job_is_made() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(pool, gate)
+    copier = Copier(gate)
     chunk, ids = Chunk(pool, 4), torch.arange(4)
-    copier.store(ids, [chunk.piece()])
+    copier.store([transfer_of(pool, ids, chunk)])
     ids.fill_(9)
     gate.open.set()
     copier.close()
@@ -205,10 +226,13 @@ def test_the_gil_is_free_while_a_native_copy_runs() -> None:
     """Holding the GIL, the copy is one pause; a busy machine makes pauses too, hence the tries."""
     pool = random_pool([1 << 20], 8)
     backend = Timed()
-    copier = Copier(pool, backend)
+    copier = Copier(backend)
     chunk = Chunk(pool, 8)
     again = 200  # into the same chunk: a long call that needs little memory
     pieces, page_ids = [chunk.piece()] * again, torch.arange(8).repeat(again)
-    free = any(longest_pause(copier.store(page_ids, pieces), backend) < 0.4 for _ in range(10))
+    free = any(
+        longest_pause(copier.store([Transfer(pool, page_ids, pieces)]), backend) < 0.4
+        for _ in range(10)
+    )
     copier.close()
     assert free

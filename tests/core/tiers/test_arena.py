@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
 
 import pytest
 
 from lmc.layout import ALIGN
-from lmc.tiers.arena import FRAME_BYTES, Arena
+from lmc.tiers.arena import FRAME_BYTES, Arena, ArenaHandle
 
 
 def test_slots_are_aligned_and_do_not_overlap() -> None:
@@ -57,3 +60,45 @@ def test_kernel_without_huge_pages_is_only_slower(monkeypatch: pytest.MonkeyPatc
     arena = Arena(1, 100)
     assert bytes(arena.payload(0)) == bytes(100)
     arena.close()
+
+
+def test_another_process_maps_a_shared_arena() -> None:
+    arena = Arena(3, 5000, shared=True)
+    arena.payload(2)[:5] = b"to it"
+    code = (
+        "import sys; from lmc.tiers.arena import Arena, ArenaHandle\n"
+        "arena = Arena.attach(ArenaHandle(*map(int, sys.argv[1:])))\n"
+        "assert bytes(arena.payload(2)[:5]) == b'to it'\n"
+        "arena.payload(1)[:4] = b'back'; arena.close(); arena.close()"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, arena.handle)], check=True)
+    assert bytes(arena.payload(1)[:4]) == b"back"
+    assert os.fstat(arena.handle.fd).st_mode & 0o777 == 0o600
+    arena.close()
+
+
+def test_its_own_process_attaches_the_very_same_arena() -> None:
+    for shared in (False, True):
+        arena = Arena(1, 100, shared=shared)
+        assert Arena.attach(arena.handle) is arena
+        arena.close()
+
+
+def test_a_handle_of_something_else_is_refused() -> None:
+    arena, other = Arena(3, 5000, shared=True), Arena(3, 5000, shared=True)
+    reader, writer = os.pipe()
+    if os.fork() == 0:  # a child that holds other memory under the number it was told
+        attached = b"0"
+        try:
+            Arena.attach(arena.handle._replace(fd=other.handle.fd))
+        except OSError:
+            attached = b"1"
+        os.write(writer, attached)
+        os._exit(0)
+    assert os.read(reader, 1) == b"1"
+    for fd in (reader, writer):
+        os.close(fd)
+    arena.close()
+    other.close()
+    with pytest.raises(OSError, match=r"No such file|gone"):
+        Arena.attach(ArenaHandle(2**22 + 1, 3, 0, 1, 100))
