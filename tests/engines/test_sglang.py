@@ -1,9 +1,9 @@
 """lmc inside a real, unmodified SGLang: the same tokens and log-probabilities as the engine's own
 cache.
 
-Prompts are random tokens for a tiny random model. Its output soon repeats one token, hence the
-log-probabilities: with float32 on one machine they are equal to the last bit where the same
-number of tokens came from a cache.
+Prompts are random tokens for a tiny random model. Log-probabilities say more than tokens: with
+float32 on one machine they are equal to the last bit where the same number of tokens came from a
+cache.
 """
 
 from __future__ import annotations
