@@ -1,6 +1,4 @@
-"""Entry points of engines. An engine calls these in every process it starts; unless LMC_ENABLE asks
-for lmc, nothing else of it is imported.
-"""
+"""Entry points of engines, which call them in every process they start."""
 
 from __future__ import annotations
 
@@ -10,6 +8,11 @@ from .config import Config
 
 
 def sglang() -> None:
-    """Group `sglang.srt.plugins`."""
+    """Group `sglang.srt.plugins`: unless LMC_ENABLE asks for lmc, nothing else is imported."""
     if Config.from_env().enable:
         importlib.import_module("lmc_sglang")
+
+
+def vllm() -> None:
+    """Group `vllm.general_plugins`: teaches vLLM's options the name, which is not yet using it."""
+    importlib.import_module("lmc_vllm")

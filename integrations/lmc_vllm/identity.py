@@ -1,0 +1,141 @@
+"""Whose chunks these are: the namespaces of an engine's groups, and the keys of requests with
+adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmc.keys import Key, Namespace
+from lmc.weights import fingerprint
+from lmc.weights import name_of as weights_name
+
+from . import compat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmc.config import Config
+    from lmc.layout import KVLayout
+
+    from .groups import Group
+    from .wire import Registered
+
+log = logging.getLogger("lmc")
+
+_FROM_THE_FOLDER = (
+    "auto",
+    "hf",
+    "pt",
+    "safetensors",
+    "npcache",
+    "fastsafetensors",
+    "gguf",
+    "bitsandbytes",
+    "mistral",
+    "runai_streamer",
+    "instanttensor",
+)
+"""Load formats whose weights are the files of the model's folder; others may come from anywhere."""
+
+
+def namespaces_of(
+    vllm_config: Any,
+    config: Config,
+    groups: Sequence[Group],
+    layouts: Sequence[KVLayout],
+    workers: Sequence[Registered],
+) -> list[Namespace]:
+    """One namespace a group: everything that changes the bytes of its chunks, apart from tokens."""
+    model, cache, parallel = (
+        vllm_config.model_config,
+        vllm_config.cache_config,
+        vllm_config.parallel_config,
+    )
+    load = vllm_config.load_config
+    weights = weights_name(
+        model.model_weights or model.model,
+        config.model_version,
+        model.revision,
+        load.download_dir,
+        in_folder=str(load.load_format) in _FROM_THE_FOLDER,
+    )
+    common = {
+        "engine": "vllm",
+        "hashing": compat.hashing(vllm_config),
+        "weights": weights or "unknown",
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "hf_overrides": repr(model.hf_overrides),
+        "cache_dtype": str(cache.cache_dtype),
+        "calculate_kv_scales": str(getattr(cache, "calculate_kv_scales", False)),
+        "ranks": f"{parallel.pipeline_parallel_size}x{parallel.tensor_parallel_size}",
+        "workers": repr([sorted(worker.fields.items()) for worker in workers]),
+        "salt": config.salt,
+    }
+    namespaces = [
+        Namespace.of(
+            common
+            | {
+                "group": f"{group.id}/{len(groups)}",
+                "kind": group.kind.value,
+                "blocks": group.describes,
+                "layers": ",".join(group.layer_names),
+                **layout.describe(),
+            }
+        )
+        for group, layout in zip(groups, layouts, strict=True)
+    ]
+    if weights:
+        return namespaces
+    log.warning(
+        "lmc cannot tell the weights of %s apart from others: chunks stay in this process. "
+        "LMC_MODEL_VERSION=<name of the weights> lets them outlive it",
+        model.model,
+    )
+    return [namespace.next_generation() for namespace in namespaces]
+
+
+class Adapters:
+    """What tells the KV of one LoRA adapter from that of another. vLLM's block hashes know an
+    adapter's name and path, not its weights.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[tuple[int, str], tuple[bytes, bool]] = {}
+
+    def mark(self, lora: Any) -> tuple[bytes, bool]:
+        """Bytes to fold into an adapter's keys, and whether other processes know them too."""
+        if lora.load_inplace:  # other weights under the same name and path
+            return os.urandom(32), False
+        known = (lora.lora_int_id, lora.lora_path)
+        if known not in self._marks:
+            try:
+                digest = fingerprint(Path(lora.lora_path)) + _config_of(Path(lora.lora_path))
+                self._marks[known] = hashlib.sha256(digest.encode()).digest(), True
+            except OSError as error:
+                log.warning(
+                    "lmc cannot tell adapter %s apart from others, its chunks stay in this "
+                    "process: %s",
+                    lora.lora_name,
+                    error,
+                )
+                self._marks[known] = os.urandom(32), False
+        return self._marks[known]
+
+    def forget(self) -> None:
+        self._marks.clear()
+
+
+def _config_of(folder: Path) -> str:
+    """An adapter's rank, scale and targets change what its weights do."""
+    path = folder / "adapter_config.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def folded(mark: bytes, key: bytes) -> Key:
+    return Key(hashlib.sha256(mark + key).digest())

@@ -1,0 +1,154 @@
+"""The worker side: copies blocks where the scheduler says, in the background.
+
+    before the forward   fence: stores of freed blocks are over; early stores are done here
+    after the forward    loads begin; stores of what the forward filled begin
+    every step           what is over is reported
+
+Owned by the worker's thread, but for `take_report`, which a scheduler in the same process may call
+too (one thread runs both).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmc.tiers.arena import Arena
+from lmc.transfer import Copier, Job, Piece, Transfer, resolve
+
+from . import compat
+from .pools import pools_of
+from .wire import Load, Move, Place, Registered, Report, Step, Store, machine_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lmc.transfer import PagedPool
+
+    from .groups import Group
+
+log = logging.getLogger("lmc")
+
+
+class WorkerSide:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, groups: Sequence[Group]) -> None:
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self._groups = groups
+        self._pools: list[PagedPool] = []
+        self._places: list[tuple[Arena, int]] = []  # by group: memory, bytes of workers before
+        self._rank = (0, 0)
+        self._copies_out = True  # else another worker holds the same KV
+        self._copier: Copier | None = None
+        self._stores: dict[int, Job] = {}
+        self._loads: dict[str, Job] = {}
+        self._failed_loads: list[str] = []
+        self._over: Counter[int] = Counter()
+        self._failed: set[int] = set()
+
+    # --- start
+
+    def register(
+        self, kv_caches: Mapping[str, Any], rank: tuple[int, int], kernels: str, replicas: int
+    ) -> None:
+        """Describe the KV cache. Raises ValueError naming what is not served."""
+        self._pools = pools_of(self._groups, self._kv_cache_config.num_blocks, kv_caches)
+        self._rank = rank
+        self._copies_out = rank[1] % replicas == 0
+        self._copier = Copier(resolve(kernels, self._pools[0].device))
+
+    def registered(self) -> Registered:
+        layer_names = [name for group in self._groups for name in group.layer_names]
+        attention = {compat.attention_of(self._vllm_config, name) for name in layer_names}
+        return Registered(
+            page_bytes=[pool.page_bytes for pool in self._pools],
+            fields={
+                "attention": ",".join(sorted(attention)),
+                "layout": str(self._kv_cache_config.kv_cache_layout),
+                "device": self._pools[0].device.type,
+            },
+            machine=machine_id(),
+            pid=os.getpid(),
+            rank=self._rank,
+            direct=self,
+        )
+
+    # --- a step
+
+    def before_forward(self, step: Step) -> None:
+        if step.places is not None:
+            self._attach(step.places[self._rank])
+        early = [self._store(store) for store in step.early]
+        for job in [*map(self._stores.get, step.fence), *early]:
+            if job is not None:
+                job.wait()
+
+    def start_loads(self, step: Step) -> None:
+        for load in step.loads:
+            self._load(load)
+
+    def start_stores(self, step: Step) -> None:
+        for store in step.stores:
+            self._store(store)
+
+    def take_loads(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads are over, and those of them that failed."""
+        over = {request_id for request_id, job in self._loads.items() if job.done()}
+        failed = set(self._failed_loads)
+        for request_id in over:
+            if (error := self._loads.pop(request_id).error) is not None:
+                log.error("lmc could not load the KV of request %s: %s", request_id, error)
+                failed.add(request_id)
+        self._failed_loads.clear()
+        return over | failed, failed
+
+    def take_report(self) -> Report | None:
+        """Stores that are over since the last call."""
+        for number in [number for number, job in self._stores.items() if job.done()]:
+            error = self._stores.pop(number).error
+            self._over[number] += 1
+            if error is not None:
+                log.error("lmc could not copy blocks: %s", error)
+                self._failed.add(number)
+        if not self._over:
+            return None
+        report = Report(self._over, self._failed)
+        self._over, self._failed = Counter(), set()
+        return report
+
+    def close(self) -> None:
+        """Wait for copies that run, cancel the others. May be called again."""
+        if self._copier is not None:
+            self._copier.close()
+
+    # --- inside
+
+    def _attach(self, places: Sequence[Place]) -> None:
+        self._places = [(Arena.attach(place.arena), place.bytes_before) for place in places]
+
+    def _store(self, store: Store) -> Job | None:
+        if not self._copies_out:
+            self._over[store.job] += 1
+            return None
+        assert self._copier is not None
+        job = self._copier.store(list(map(self._transfer, store.moves)))
+        self._stores[store.job] = job
+        return job
+
+    def _load(self, load: Load) -> None:
+        assert self._copier is not None
+        if load.moves is None:
+            self._failed_loads.append(load.request_id)
+        else:
+            self._loads[load.request_id] = self._copier.load(list(map(self._transfer, load.moves)))
+
+    def _transfer(self, move: Move) -> Transfer:
+        arena, before = self._places[move.group]
+        pieces = [
+            Piece(arena.address(run.slot) + run.total * before, run.total, run.first, run.pages)
+            for run in move.runs
+        ]
+        return Transfer(self._pools[move.group], torch.tensor(move.block_ids), pieces)
