@@ -1,5 +1,5 @@
-"""lmc at work: a real SGLang server, a real model, a document of 2,000 tokens. Started by `bash
-ci/demo.sh`.
+"""lmc at work: a real server, a real model, a document of 2,000 tokens. Started by `bash
+ci/demo.sh`; what differs between the engines is in demo_engines.py.
 
 Three servers run one after the other: with lmc, with lmc again on the same folder, and without
 lmc. Each variant of the prompt (same length, different first line) is asked in turn:
@@ -19,14 +19,12 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -34,11 +32,15 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ci.demo_engines import ENGINES  # noqa: E402
+from lmc.cli.machine import machine, versions  # noqa: E402
 from tests.engines.models import ModelError, model  # noqa: E402
-from tests.engines.sglang_server import Answer, Server, ServerError, check_port  # noqa: E402
+from tests.engines.server import Answer, Server, ServerError, check_port  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ci.demo_engines import Engine
 
 MODEL = "smollm2-135m"
 DOCUMENT = ROOT / "ci" / "data" / "reading.txt"
@@ -50,13 +52,13 @@ TURNS = (
 )
 NUM_TOKENS, NUM_CHAT_TOKENS = 8, 40
 HIT_ROUNDS = 2
-RAM_GB, DISK_GB, FREE_GB = 2, 4, 5
+DISK_GB, FREE_GB = 4, 5
 HITS = ("engine_hit", "after_flush", "after_restart")
 NAMES = ("cold", *HITS, "off")
 WHAT = {
     "cold": "first time, lmc on",
-    "engine_hit": "again: SGLang's own cache",
-    "after_flush": "SGLang's cache emptied: lmc, RAM",
+    "engine_hit": "again: {}'s own cache",
+    "after_flush": "{}'s cache emptied: lmc, RAM",
     "after_restart": "server restarted: lmc, disk",
     "off": "first time, without lmc",
 }
@@ -105,25 +107,24 @@ class Demo:
     def __init__(self, options: argparse.Namespace) -> None:
         self.out: Path = options.out
         self.port: int | None = options.port
-        self.page_size: int | None = options.page_size
+        self.engine = ENGINES[options.engine](options.page_size)
         self.cache = self.out / "lmc-demo-cache"
         self.started_s = time.monotonic()
         self.model = model(MODEL)
-        self.prompts = prompts(self.model, options.repeats)
+        self.prompts = prompts(self.model, options.repeats, self.engine.prompt_tokens)
         self.warm_up_prompt = self.prompts[0][::-1][:700]
         self.results = Results()
         self.chat: list[dict[str, Any]] = []
         self.load: dict[str, float] = {}
-        self.versions: dict[str, str] = {}
+        self.version = ""
         self.counters: dict[str, dict[str, float]] = {}
 
     def run(self) -> None:
         with self.server("with lmc", lmc=True) as server:
-            self.read_settings(server)
+            self.version = self.engine.read_settings(server)
             self.ask_first(server)
             self.hold_chat(server)
-            server.drain()
-            self.counters["first"] = server.lmc() or {}
+            self.counters["first"] = self.engine.finish(server)
         with self.server("again, on the same folder", lmc=True) as server:
             self.ask_all(server, "after_restart")
             self.counters["restarted"] = server.lmc() or {}
@@ -134,21 +135,13 @@ class Demo:
 
     @contextlib.contextmanager
     def server(self, what: str, *, lmc: bool) -> Iterator[Server]:
-        self.say(f"starting SGLang {what}")
-        switched_on = {
-            "LMC_ENABLE": "1",
-            "LMC_RAM_GB": str(RAM_GB),
-            "LMC_TIERS": f"file://{quote(str(self.cache))}?gb={DISK_GB}",
-        }
-        flags = ["--max-total-tokens", "8192", "--max-running-requests", "4"]
-        if self.page_size is not None:
-            flags += ["--page-size", str(self.page_size)]
+        self.say(f"starting {self.engine.title} {what}")
         name = what.split(",")[0].replace(" ", "-")
-        with Server(
+        settings = {"LMC_TIERS": f"file://{quote(str(self.cache))}?gb={DISK_GB}"}
+        with self.engine.start(
             self.model,
             self.out / f"server-{name}.log",
-            flags=flags,
-            environment=switched_on if lmc else None,
+            lmc=settings if lmc else None,
             port=self.port,
         ) as server:
             self.say("ready; warming up with an unrelated text")
@@ -158,16 +151,6 @@ class Demo:
                 server.flush()
             self.load[what] = os.getloadavg()[0]
             yield server
-
-    def read_settings(self, server: Server) -> None:
-        """lmc chose the page size where no option did; the server without lmc gets the same."""
-        info = server.info()
-        self.page_size = info["page_size"]
-        self.versions = {
-            "sglang": info["version"],
-            "torch": version("torch"),
-            "lmc": version("lmc"),
-        }
 
     def ask_first(self, server: Server) -> None:
         for variant, prompt in enumerate(self.prompts):
@@ -192,8 +175,9 @@ class Demo:
         )
 
     def hold_chat(self, server: Server) -> None:
-        """SGLang's cache is emptied before each turn, so what a turn reuses comes from lmc."""
-        self.say("a chat about the first text, SGLang's cache emptied before each turn")
+        """The engine's cache is emptied before each turn: what a turn reuses comes from lmc."""
+        title = self.engine.title
+        self.say(f"a chat about the first text, {title}'s cache emptied before each turn")
         messages = [{"role": "system", "content": system_text(0)}]
         for question in TURNS:
             first = f"{DOCUMENT.read_text()}\n\n" if len(messages) == 1 else ""
@@ -221,10 +205,10 @@ class Demo:
     def report(self) -> dict[str, Any]:
         seconds = {name: self.results.ttft_s(name) for name in NAMES}
         return {
-            "engine": "sglang",
+            "engine": self.engine.name,
             "model": MODEL,
             "prompt_tokens": len(self.prompts[0]),
-            "page_size": self.page_size,
+            "page_size": self.engine.page_size,
             "runs": [
                 {
                     "name": name,
@@ -250,7 +234,7 @@ class Demo:
             },
             "repeats": len(self.prompts),
             "wall_s": round(time.monotonic() - self.started_s, 1),
-            "versions": self.versions | {"python": platform.python_version()},
+            "versions": versions() | {self.engine.name: self.version},
             "machine": machine(),
             "lmc": self.counters,
             "load_1min": {what: round(load, 2) for what, load in self.load.items()},
@@ -279,25 +263,36 @@ class Demo:
 
     def smallest_hit(self) -> int:
         """In tokens: lmc gives back whole pages, and at least 16 tokens at a time."""
-        assert self.page_size is not None
-        return max(self.page_size, 16)
+        assert self.engine.page_size is not None
+        return max(self.engine.page_size, 16)
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started_s:5.0f} s] {text}", flush=True)
 
 
-def prompts(folder: Path, num_variants: int) -> list[list[int]]:
-    """Equally long prompts that differ near their start, in the chat format of the model."""
+def prompts(folder: Path, num_variants: int, length: int | None) -> list[list[int]]:
+    """Equally long prompts that differ near their start, in the chat format of the model. With a
+    `length` the text ends early, not the question.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    user = f"{DOCUMENT.read_text()}\n\n{QUESTION}"
-    texts = (
-        f"<|im_start|>system\n{system_text(variant)}<|im_end|>\n"
-        f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    end = f"\n\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    encoded = [
+        encode(
+            f"<|im_start|>system\n{system_text(variant)}<|im_end|>\n"
+            f"<|im_start|>user\n{DOCUMENT.read_text()}{end}"
+        )
         for variant in range(num_variants)
-    )
-    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    ]
+    if length is not None:
+        num_last = len(encode(end))
+        encoded = [ids[: length - num_last] + ids[-num_last:] for ids in encoded]
     if len({len(prompt) for prompt in encoded}) != 1:
         raise DemoError("the variants of the prompt are not equally long")
     return encoded
@@ -309,19 +304,7 @@ def system_text(variant: int) -> str:
     )
 
 
-def machine() -> dict[str, Any]:
-    names = (
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    )
-    return {
-        "cpu": next(names, platform.machine()).split(":")[-1].strip(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "system": platform.platform(),
-    }
-
-
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: dict[str, Any], engine: Engine) -> None:
     cold_s = report["runs"][0]["ttft_s"]
     print(f"\n{report['model']} on {report['machine']['cores']} cores, ", end="")
     print(f"{report['prompt_tokens']} tokens, pages of {report['page_size']}, ", end="")
@@ -329,19 +312,12 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"{'run':<15}{'what':<34}{'first token':>12}{'against cold':>14}{'from cache':>12}")
     for run in report["runs"]:
         factor = f"{cold_s / run['ttft_s']:.1f}x"
-        print(f"{run['name']:<15}{WHAT[run['name']]:<34}{run['ttft_s']:>10.3f} s", end="")
+        what = WHAT[run["name"]].format(engine.title)
+        print(f"{run['name']:<15}{what:<34}{run['ttft_s']:>10.3f} s", end="")
         print(f"{factor:>14}{run['cached_tokens']:>12}")
     same = "the same" if report["identical_tokens"] else "DIFFERENT"
-    print(f"\nlmc on SGLang's scheduler thread: {own_time(report['lmc']['first'])}")
+    print(f"\nlmc on {engine.title}'s scheduler thread: {engine.own_time(report['lmc']['first'])}")
     print(f"answers: {same} tokens in all runs: {report['answer'].strip()!r}")
-
-
-def own_time(counters: dict[str, float]) -> str:
-    parts = ("arrival", "lookup", "load", "start_load", "offload", "commit")
-    spent_s = sum(counters.get(f"scheduler.{part}.seconds", 0.0) for part in parts)
-    request_ms = 1e3 * spent_s / counters["scheduler.arrival.calls"]
-    step_us = 1e6 * counters["scheduler.step.seconds"] / counters["scheduler.step.calls"]
-    return f"{request_ms:.2f} ms a request, {step_us:.0f} us an idle scheduling step"
 
 
 def prepare(out: Path) -> None:
@@ -356,14 +332,16 @@ def prepare(out: Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ci/demo.sh", description="lmc at work, on a CPU")
+    parser = argparse.ArgumentParser(
+        prog="ci/demo.sh", description="lmc at work, on a CPU", allow_abbrev=False
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / ".demo", help="folder for the report and logs"
     )
-    parser.add_argument("--engine", choices=["sglang"], default="sglang")
+    parser.add_argument("--engine", choices=ENGINES, default="sglang")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
     parser.add_argument("--repeats", type=int, choices=range(1, 10), default=3, metavar="1..9")
-    parser.add_argument("--page-size", type=int, help="SGLang's page size (default: lmc's choice)")
+    parser.add_argument("--page-size", type=int, help="page (vLLM: block) size of the engine")
     options = parser.parse_args(arguments)
     options.out = options.out.absolute()
     return options
@@ -384,7 +362,7 @@ def show(options: argparse.Namespace) -> None:
     report = demo.report()
     path = options.out / "demo-report.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print_table(report)
+    print_table(report, demo.engine)
     print(f"all figures: {path}")
     demo.check()
 

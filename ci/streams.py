@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.engines.models import model  # noqa: E402
-from tests.engines.sglang_server import Server  # noqa: E402
+from tests.engines.sglang_server import SglangServer  # noqa: E402
 
 DOCUMENTS, DOCUMENT_TOKENS, STREAMS, POOL_TOKENS = 6, 1024, 2, 5120
 
@@ -36,7 +36,9 @@ def prompt(seed: int, num_tokens: int) -> list[int]:
     return [source.randrange(5, 49_000) for _ in range(num_tokens)]
 
 
-def stream_forever(server: Server, seed: int, gaps: list[float], stop: threading.Event) -> None:
+def stream_forever(
+    server: SglangServer, seed: int, gaps: list[float], stop: threading.Event
+) -> None:
     while not stop.is_set():
         last = None
         for _ in server.stream(prompt(seed, 32), 64):
@@ -48,7 +50,7 @@ def stream_forever(server: Server, seed: int, gaps: list[float], stop: threading
                 return
 
 
-def measure(server: Server) -> dict[str, dict[str, float]]:
+def measure(server: SglangServer) -> dict[str, dict[str, float]]:
     rows = {}
     server.generate(prompt(7, 64), 4)
     for name in ("first round", "second round"):
@@ -96,7 +98,9 @@ def main() -> int:
         for name, environment in (("without lmc", {}), ("with lmc", with_lmc)):
             print(f"{name} ...", flush=True)
             log = Path(folder) / "server.log"
-            with Server(model("smollm2-135m"), log, flags=flags, environment=environment) as server:
+            with SglangServer(
+                model("smollm2-135m"), log, flags=flags, environment=environment
+            ) as server:
                 report[name] = measure(server)
     shape = f"{STREAMS} streams, {DOCUMENTS} documents of {DOCUMENT_TOKENS} tokens"
     print(f"load {os.getloadavg()[0]:.1f}; {shape}")

@@ -9,18 +9,39 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ci import demo
+from ci.demo_engines import Engine, Sglang, Vllm
 from tests.engines import models
-from tests.engines.sglang_server import Answer, Server, ServerError, check_port
+from tests.engines.server import Answer, ServerError, check_port
+from tests.engines.sglang_server import SglangServer
+from tests.engines.vllm_server import VllmServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.engines.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def answer(output_ids: tuple[int, ...], cached_tokens: int) -> Answer:
     return Answer(2000, cached_tokens, output_ids, (), "", 1.0)
+
+
+@pytest.fixture(params=[Sglang(64), Vllm(128)], ids=lambda engine: engine.name)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    chosen: Engine = request.param
+    return chosen
+
+
+@pytest.fixture(params=[SglangServer, VllmServer])
+def launch(request: pytest.FixtureRequest) -> Callable[..., Server]:
+    start: Callable[..., Server] = request.param
+    return start
 
 
 def results(**cached: int) -> demo.Results:
@@ -33,9 +54,9 @@ def results(**cached: int) -> demo.Results:
     return filled
 
 
-def finished(of: demo.Results) -> demo.Demo:
+def finished(engine: Engine, of: demo.Results) -> demo.Demo:
     shown = object.__new__(demo.Demo)
-    shown.results, shown.page_size, shown.prompts = of, 64, [[0] * 2000] * 2
+    shown.engine, shown.results, shown.prompts = engine, of, [[0] * 2000] * 2
     shown.chat = [{"prompt_tokens": n, "cached_tokens": n - 70} for n in (2000, 2080, 2200)]
     return shown
 
@@ -45,30 +66,44 @@ def bash(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_demo_as_promised_passes() -> None:
-    finished(results()).check()
+def test_a_demo_as_promised_passes(engine: Engine) -> None:
+    finished(engine, results()).check()
 
 
 @pytest.mark.parametrize(
-    ("name", "cached"), [("cold", 1), ("off", 64), ("after_flush", 1871), ("after_restart", 0)]
+    ("name", "cached"), [("cold", 1), ("off", 64), ("after_flush", 1743), ("after_restart", 0)]
 )
-def test_a_run_with_the_wrong_number_of_cached_tokens_is_named(name: str, cached: int) -> None:
+def test_a_run_with_the_wrong_number_of_cached_tokens_is_named(
+    engine: Engine, name: str, cached: int
+) -> None:
     with pytest.raises(demo.DemoError, match=f"{name}: {cached} tokens"):
-        finished(results(**{name: cached})).check()
+        finished(engine, results(**{name: cached})).check()
 
 
-def test_one_differing_token_is_an_error() -> None:
+def test_one_differing_token_is_an_error(engine: Engine) -> None:
     differing = results()
     differing.answers["after_restart"][1] = [answer((7, 9), 1984)]
     with pytest.raises(demo.DemoError, match="differ"):
-        finished(differing).check()
+        finished(engine, differing).check()
 
 
-def test_a_chat_that_forgets_is_an_error() -> None:
-    forgetful = finished(results())
+def test_a_chat_that_forgets_is_an_error(engine: Engine) -> None:
+    forgetful = finished(engine, results())
     forgetful.chat[2]["cached_tokens"] = 1984
     with pytest.raises(demo.DemoError, match=r"chat: 1984 tokens.* all 2048"):
         forgetful.check()
+
+
+def test_a_shorter_prompt_keeps_its_beginning_and_the_question(tmp_path: Path) -> None:
+    words = pytest.importorskip("tokenizers")
+    by_word = words.Tokenizer(words.models.WordLevel({"?": 0}, unk_token="?"))
+    by_word.pre_tokenizer = words.pre_tokenizers.Whitespace()
+    by_word.train_from_iterator([demo.DOCUMENT.read_text(), demo.QUESTION, demo.system_text(0)])
+    by_word.save(str(tmp_path / "tokenizer.json"))
+    (whole,), (short,) = (demo.prompts(tmp_path, 1, length) for length in (None, 200))
+    assert len(whole) > len(short) == 200
+    assert short[:100] == whole[:100]
+    assert demo.QUESTION.removesuffix("?") in by_word.decode(short)
 
 
 def test_little_disk_is_said_with_what_to_do(
@@ -111,15 +146,19 @@ def test_a_half_made_model_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
 
 
-def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    died = Server(
+def test_a_server_that_dies_shows_the_end_of_its_log(
+    launch: Callable[..., Server], tmp_path: Path
+) -> None:
+    died = launch(
         tmp_path, tmp_path / "log", launch=("-c", "print('out of luck'); raise SystemExit(3)")
     )
     with pytest.raises(ServerError, match=r"exit code 3[\s\S]*out of luck"), died:
         pass
 
 
-def test_nothing_is_left_running_when_the_demo_is_interrupted(tmp_path: Path) -> None:
+def test_nothing_is_left_running_when_the_demo_is_interrupted(
+    launch: Callable[..., Server], tmp_path: Path
+) -> None:
     child = tmp_path / "child"
     script = (
         "import subprocess, time\n"
@@ -127,7 +166,7 @@ def test_nothing_is_left_running_when_the_demo_is_interrupted(tmp_path: Path) ->
         f"open({str(child)!r}, 'w').write(f'{{p.pid}} ')\n"
         "time.sleep(1000)"
     )
-    server = Server(tmp_path, tmp_path / "log", launch=("-c", script))
+    server = launch(tmp_path, tmp_path / "log", launch=("-c", script))
     while not (child.exists() and child.read_text().endswith(" ")):
         time.sleep(0.01)
     server.__exit__(KeyboardInterrupt, None, None)

@@ -11,14 +11,14 @@ from tests.engines.test_sglang import repeat, tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.engines.sglang_server import Server
+    from tests.engines.sglang_server import SglangServer
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("page", [1, 16, 64, 256])
 def test_a_repeated_prompt_recomputes_at_most_a_step(
-    launch: Callable[..., Server], page: int
+    launch: Callable[..., SglangServer], page: int
 ) -> None:
     with launch("--page-size", str(page), LMC_ENABLE="1", LMC_RAM_GB="0.1") as server:
         for length in (2048, 2050, 4091):

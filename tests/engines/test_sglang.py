@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engines.sglang_server import Answer, Server, ServerError, server_environment
+from tests.engines.server import Answer, ServerError, server_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.engines.sglang_server import SglangServer
 
 pytestmark = pytest.mark.engine
 
@@ -40,7 +42,7 @@ def tokens(n: int, seed: int) -> list[int]:
     return [source.randrange(5, 1000) for _ in range(n)]
 
 
-def ask(server: Server, prompt: list[int]) -> Answer:
+def ask(server: SglangServer, prompt: list[int]) -> Answer:
     return server.generate(prompt, 8, logprobs=True)
 
 
@@ -64,7 +66,7 @@ class Repeated:
     after_flush: Answer
 
 
-def repeat(server: Server, prompt: list[int]) -> Repeated:
+def repeat(server: SglangServer, prompt: list[int]) -> Repeated:
     server.flush()
     cold, engine_hit = ask(server, prompt), ask(server, prompt)
     server.flush()
@@ -80,8 +82,8 @@ def check(asked: Repeated, cached_tokens: int) -> None:
 
 @pytest.fixture(scope="class")
 def served(
-    launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, Answer]]:
+    launch: Callable[..., SglangServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[SglangServer, Answer]]:
     """The second server on a folder, and the first one's answer to `tokens(1500, seed=1)`."""
     folder = tmp_path_factory.mktemp("chunks")
     settings = {
@@ -97,26 +99,30 @@ def served(
 
 
 @pytest.fixture(scope="class")
-def server(served: tuple[Server, Answer]) -> Server:
+def server(served: tuple[SglangServer, Answer]) -> SglangServer:
     return served[0]
 
 
 class TestSwitchedOnByEnvironment:
     """LMC_ENABLE=1 and `python -m sglang.launch_server`; prefill is cut off the chunk grid."""
 
-    def test_pages_are_of_64_tokens_where_the_user_left_them_unset(self, server: Server) -> None:
+    def test_pages_are_of_64_tokens_where_the_user_left_them_unset(
+        self, server: SglangServer
+    ) -> None:
         assert server.info()["page_size"] == PAGE
 
-    def test_after_a_restart_as_the_engines_own_hit(self, served: tuple[Server, Answer]) -> None:
+    def test_after_a_restart_as_the_engines_own_hit(
+        self, served: tuple[SglangServer, Answer]
+    ) -> None:
         server, before = served
         assert same(ask(server, tokens(1500, seed=1)), before)
 
     @pytest.mark.parametrize("length", [65, 256, 257, 1000, 2050])
-    def test_after_a_flush_as_the_engines_own_hit(self, server: Server, length: int) -> None:
+    def test_after_a_flush_as_the_engines_own_hit(self, server: SglangServer, length: int) -> None:
         prompt = tokens(length, seed=length)
         check(repeat(server, prompt), whole_pages(prompt))
 
-    def test_only_the_part_that_left_the_device_is_loaded(self, server: Server) -> None:
+    def test_only_the_part_that_left_the_device_is_loaded(self, server: SglangServer) -> None:
         prompt = tokens(1128, seed=2)
         own = repeat(server, prompt).engine_hit
         server.flush()
@@ -124,14 +130,14 @@ class TestSwitchedOnByEnvironment:
         assert same(ask(server, prompt), own)
 
     def test_a_prompt_that_diverges_inside_a_chunk_reuses_the_pages_before(
-        self, server: Server
+        self, server: SglangServer
     ) -> None:
         ask(server, tokens(1000, seed=3))
         server.flush()
         answer = ask(server, tokens(1000, seed=3)[:600] + tokens(200, seed=4))
         assert answer.cached_tokens == 600 // PAGE * PAGE
 
-    def test_a_conversation_reuses_every_turn(self, server: Server) -> None:
+    def test_a_conversation_reuses_every_turn(self, server: SglangServer) -> None:
         prompt = tokens(500, seed=5)
         for turn in range(3):
             server.flush()
@@ -140,27 +146,27 @@ class TestSwitchedOnByEnvironment:
             prompt += tokens(50, seed=6 + turn)
 
     @pytest.mark.parametrize("length", [1, 63, 64])
-    def test_a_prompt_of_no_whole_page_is_answered(self, server: Server, length: int) -> None:
+    def test_a_prompt_of_no_whole_page_is_answered(self, server: SglangServer, length: int) -> None:
         check(repeat(server, tokens(length, seed=50 + length)), 0)
 
-    def test_an_empty_prompt_is_refused_as_without_lmc(self, server: Server) -> None:
+    def test_an_empty_prompt_is_refused_as_without_lmc(self, server: SglangServer) -> None:
         with pytest.raises(ServerError, match=r"400|empty"):
             ask(server, [])
         ask(server, tokens(100, seed=60))
 
-    def test_aborted_while_it_answers(self, server: Server) -> None:
+    def test_aborted_while_it_answers(self, server: SglangServer) -> None:
         prompt = tokens(1000, seed=7)
         answer = server.stream(prompt, 3000)
         next(answer)
         answer.close()
         check_after_abort(server, prompt)
 
-    def test_aborted_while_it_reads(self, server: Server) -> None:
+    def test_aborted_while_it_reads(self, server: SglangServer) -> None:
         prompt = tokens(4000, seed=8)
         abandon(server, prompt)
         check_after_abort(server, prompt)
 
-    def test_aborted_while_it_loads(self, server: Server) -> None:
+    def test_aborted_while_it_loads(self, server: SglangServer) -> None:
         prompt = tokens(4000, seed=9)
         own = repeat(server, prompt).engine_hit
         server.flush()
@@ -168,14 +174,16 @@ class TestSwitchedOnByEnvironment:
         server.flush()
         assert same(ask(server, prompt), own)
 
-    def test_new_weights_in_place_miss_everything(self, server: Server, tiny_llama: Path) -> None:
+    def test_new_weights_in_place_miss_everything(
+        self, server: SglangServer, tiny_llama: Path
+    ) -> None:
         prompt = tokens(1000, seed=10)
         repeat(server, prompt)
         server.call("POST", "/update_weights_from_disk", {"model_path": str(tiny_llama)})
         check(repeat(server, prompt), whole_pages(prompt))
 
 
-def abandon(server: Server, prompt: list[int]) -> None:
+def abandon(server: SglangServer, prompt: list[int]) -> None:
     """Sends a request and hangs up before anything is answered."""
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
@@ -186,7 +194,7 @@ def abandon(server: Server, prompt: list[int]) -> None:
         )
 
 
-def check_after_abort(server: Server, prompt: list[int]) -> None:
+def check_after_abort(server: SglangServer, prompt: list[int]) -> None:
     server.flush()  # waits until the engine is idle
     ask(server, prompt)
     own = ask(server, prompt)
@@ -195,7 +203,7 @@ def check_after_abort(server: Server, prompt: list[int]) -> None:
 
 
 @pytest.fixture(scope="class")
-def two_ranks(launch: Callable[..., Server]) -> Iterator[Server]:
+def two_ranks(launch: Callable[..., SglangServer]) -> Iterator[SglangServer]:
     flags = (
         *("--tp-size", "2", "--page-size", "16", "--enable-unified-cache-external-linker"),
         *("--unified-cache-external-linker-backend", "dynamic"),
@@ -208,11 +216,11 @@ def two_ranks(launch: Callable[..., Server]) -> Iterator[Server]:
 class TestSwitchedOnByFlags:
     """SGLang's own linker flags, on two ranks, with the user's page size."""
 
-    def test_two_ranks_after_a_flush_as_the_engines_own_hit(self, two_ranks: Server) -> None:
+    def test_two_ranks_after_a_flush_as_the_engines_own_hit(self, two_ranks: SglangServer) -> None:
         prompt = tokens(1000, seed=11)
         check(repeat(two_ranks, prompt), whole_pages(prompt, page=16))
 
-    def test_the_users_page_size_stays(self, two_ranks: Server) -> None:
+    def test_the_users_page_size_stays(self, two_ranks: SglangServer) -> None:
         assert two_ranks.info()["page_size"] == 16
 
 
@@ -235,7 +243,9 @@ def test_switched_on_by_an_import(tiny_llama: Path, tmp_path: Path) -> None:
     assert answers == {"cold": {**hit, "cached_tokens": 0}, "engine_hit": hit, "after_flush": hit}
 
 
-def test_installed_but_not_enabled_sglang_is_as_without_it(launch: Callable[..., Server]) -> None:
+def test_installed_but_not_enabled_sglang_is_as_without_it(
+    launch: Callable[..., SglangServer],
+) -> None:
     with launch() as server:
         info = server.info()
         assert info["page_size"] == 1

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.engines.models import model
-from tests.engines.sglang_server import server_environment
+from tests.engines.server import server_environment
 
 CASES = {
     "plain": {},
