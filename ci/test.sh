@@ -17,3 +17,10 @@ say "models for the engine tests"
 say "tests inside SGLang, and against real SGLang servers"
 "$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \
     tests/integrations tests/engines tests/cli tests/test_readme.py
+
+use_env vllm
+say "models for the engine tests"
+"$PY" tests/engines/models.py tiny-llama tiny-mla tiny-gemma3 smollm2-135m
+say "tests inside vLLM, and against real vLLM servers"
+"$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \
+    tests/integrations tests/engines tests/cli
