@@ -82,7 +82,10 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], Registered]
     ) -> None:
-        self._beside_scheduler().connect(metadata)
+        if all(isinstance(told, Registered) for told in metadata.values()):
+            self._beside_scheduler().connect(metadata)
+        else:  # MultiConnector hands on another connector's: ours comes with the first report
+            log.info("lmc starts with the first step")
 
     def on_new_request(self, request: Any) -> None:
         self._beside_scheduler().arrived(request)

@@ -133,7 +133,7 @@ class SchedulerSide:
         self.lanes: list[_Lane] = []
         self.kv_cache_manager: Any = None
         self._places: dict[tuple[int, int], list[Place]] | None = None
-        self._num_workers = 0
+        self._num_workers = int(vllm_config.parallel_config.world_size)
         self._direct: Callable[[], Report | None] | None = None
         self._close_workers: Callable[[], None] | None = None
         self._adapters = Adapters()
@@ -191,10 +191,12 @@ class SchedulerSide:
             ]
             for rank in ranks
         }
-        self._num_workers = len(ranks)
         if not shared and len(told) == 1:
             worker = told[0].direct
             self._direct, self._close_workers = worker.take_report, worker.close
+        for known in self._requests.values():
+            known.saved = [0] * len(self.lanes)
+            self._plan_next_save(known)
         for lane in self.lanes:
             lane.store.warm()
         self._log_start(layouts)
@@ -237,7 +239,7 @@ class SchedulerSide:
             if promise is not None and promise.start <= computed < promise.length:
                 return promise.length - computed, True
             self._break_promise(known)
-            if known.refused or request.skip_reading_prefix_cache:
+            if known.refused or request.skip_reading_prefix_cache or not self.lanes:
                 return 0, False
             self.poll()
             if self._still_staging(known):
@@ -330,6 +332,8 @@ class SchedulerSide:
         """What workers reported with this step's output."""
         report = output.kv_connector_worker_meta
         if isinstance(report, Report):
+            if not self.lanes and len(report.registered) == self._num_workers:
+                self.connect(report.registered)
             self._apply(report)
         failed = output.failed_recving or ()
         for request_id in output.finished_recving or ():
@@ -550,10 +554,12 @@ class SchedulerSide:
         keys, per_step = self._keys(known, 0), self.lanes[0].layout.step_tokens
         whole = self.lanes[0].layout.chunk_steps
         steps = length // per_step
-        for end in (steps, *range(steps // whole * whole, computed // per_step, -whole)):
+        ends = [steps, *range(steps // whole * whole, computed // per_step, -whole)]
+        for end in ends:
             load = self._coming.get(keys[end - 1])
             if load is not None:
-                return end * per_step - computed > max(self._unit, (length - computed) // 2)
+                brought: int = end * per_step - computed
+                return brought > max(self._unit, (length - computed) // 2)
         return False
 
     def _announce(self, known: _Request, load: _Load, start: int) -> None:

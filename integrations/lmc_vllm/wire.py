@@ -113,6 +113,12 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     over: Counter[int]
     failed: set[int]
+    registered: dict[tuple[int, int], Registered] = field(default_factory=dict)
+    """With a worker's first report: beside other connectors vLLM hands on one handshake only."""
 
     def aggregate(self, other: Report) -> Report:
-        return Report(self.over + other.over, self.failed | other.failed)
+        return Report(
+            self.over + other.over,
+            self.failed | other.failed,
+            self.registered | other.registered,
+        )

@@ -48,6 +48,7 @@ class WorkerSide:
         self._failed_loads: list[str] = []
         self._over: Counter[int] = Counter()
         self._failed: set[int] = set()
+        self._introduced = False  # whether a report said who this is
 
     # --- start
 
@@ -113,9 +114,12 @@ class WorkerSide:
             if error is not None:
                 log.error("lmc could not copy blocks: %s", error)
                 self._failed.add(number)
-        if not self._over:
+        if self._introduced and not self._over:
             return None
         report = Report(self._over, self._failed)
+        if not self._introduced and self._pools:
+            self._introduced = True
+            report.registered[self._rank] = self.registered()
         self._over, self._failed = Counter(), set()
         return report
 
