@@ -227,7 +227,11 @@ class TieredStore:
 
     def snapshot(self) -> dict[str, float]:
         """Counters and gauges."""
-        return self.stats.snapshot() | {
+        return self.stats.snapshot() | self.gauges()
+
+    def gauges(self) -> dict[str, float]:
+        """How full it is right now."""
+        return {
             "ram.slots": self.arena.num_slots,
             "ram.free_slots": self.ram.num_free,
             "ram.idle_slots": self.ram.num_idle,

@@ -23,6 +23,7 @@ from lmc.config import Config
 
 from . import compat
 from .groups import groups_of
+from .metrics import LmcPromMetrics, LmcStats
 from .scheduler import SchedulerSide
 from .wire import Registered, Report, Step
 from .worker import WorkerSide
@@ -121,6 +122,25 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def reset_cache(self) -> bool:
         return self._beside_scheduler().reset()
+
+    def get_kv_connector_stats(self) -> LmcStats | None:
+        if self.scheduler is None or (news := self.scheduler.news()) is None:
+            return None
+        return LmcStats.of(*news)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LmcStats:
+        return LmcStats(data=data) if data else LmcStats.of({}, {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> LmcPromMetrics:
+        return LmcPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # --- the worker's side
 

@@ -45,6 +45,7 @@ CLOSE_DRAIN_S = 4.0
 """vLLM kills an engine that takes much longer to go."""
 WAIT_FOR_TWIN_S = 2.0
 """Longest wait for a load of the same blocks that another request began."""
+NEWS_S = 1.0
 MAX_LOOKS = 256
 """Lengths tried for groups that need the end of a prefix only."""
 
@@ -144,6 +145,8 @@ class SchedulerSide:
         self._loads: list[Load] = []
         self._loading: dict[str, _Load] = {}  # by request: until all workers have it
         self._coming: dict[Key, _Load] = {}  # by the ends of what loads bring
+        self._told: dict[str, float] = {}
+        self._next_news = 0.0
         self._stale_cache = False  # vLLM's own cache holds KV of weights that are no more
 
     def connect(self, workers: dict[tuple[int, int], Registered]) -> None:
@@ -374,10 +377,24 @@ class SchedulerSide:
 
     def snapshot(self) -> dict[str, float]:
         """Counters of all groups; gauges summed over them."""
+        return self.stats.snapshot() | self.gauges()
+
+    def gauges(self) -> dict[str, float]:
         gauges: Counter[str] = Counter()
         for lane in self.lanes:
-            gauges.update(lane.store.snapshot())
-        return {**gauges, **self.stats.snapshot()}
+            gauges.update(lane.store.gauges())
+        return dict(gauges)
+
+    def news(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        """What was counted since the last call, and gauges; None if it was less than NEWS_S ago."""
+        now = time.monotonic()
+        if now < self._next_news:
+            return None
+        self._next_news = now + NEWS_S
+        counted = {n: v for n, v in self.stats.snapshot().items() if not n.endswith("longest_s")}
+        counts = {n: v - self._told.get(n, 0) for n, v in counted.items()}
+        self._told = counted
+        return {n: v for n, v in counts.items() if v}, self.gauges()
 
     def close(self) -> None:
         """Let stores end and give everything back."""
