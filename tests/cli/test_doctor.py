@@ -245,15 +245,20 @@ def test_without_the_native_library_torch_does(monkeypatch: pytest.MonkeyPatch) 
     assert doctor.check_native(Config(kernels="cpu")).state == "bad"
 
 
+ENGINES = (doctor.SGLANG, doctor.VLLM)
+
+
 @pytest.fixture
 def fake_adapter(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """An environment whose `lmc_sglang.compat` is what a test says."""
+    """An environment whose adapters' `compat` is what a test says."""
 
     def make(compat: str) -> dict[str, str]:
-        package = tmp_path / "lmc_sglang"
-        package.mkdir()
-        (package / "__init__.py").write_text("import os; assert os.environ['LMC_ENABLE'] == '0'")
-        (package / "compat.py").write_text(compat)
+        for engine in ENGINES:
+            package = tmp_path / engine.adapter
+            package.mkdir()
+            check = "import os; assert os.environ['LMC_ENABLE'] == '0'"
+            (package / "__init__.py").write_text(check)
+            (package / "compat.py").write_text(compat)
         return {"PYTHONPATH": str(tmp_path), "LMC_ENABLE": "1"}
 
     return make
@@ -268,12 +273,14 @@ def fake_adapter(tmp_path: Path) -> Callable[[str], dict[str, str]]:
         ("def check(): raise SystemExit(3)", "bad", "exit code 3"),
     ],
 )
-def test_what_the_adapter_says_of_sglang(
+def test_what_the_adapter_says_of_its_engine(
     fake_adapter: Callable[[str], dict[str, str]], compat: str, state: str, text: str
 ) -> None:
-    found = doctor.check_compat("1.0", fake_adapter(compat))
-    assert found.state == state
-    assert text in found.text
+    env = fake_adapter(compat)
+    for engine in ENGINES:
+        found = doctor.check_compat(engine, "1.0+cpu", env)
+        assert (found.name, found.state) == (engine.name, state)
+        assert text in found.text.replace("1.0+cpu", "1.0")
 
 
 def test_a_missing_compiler_is_named() -> None:
@@ -305,9 +312,13 @@ def test_what_the_compiler_lacks_is_named(
 
 
 @pytest.mark.engine
-def test_the_real_engine_is_as_lmc_knows_it() -> None:
-    pytest.importorskip("sglang")
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_the_real_engine_is_as_lmc_knows_it(engine: doctor.Engine) -> None:
+    pytest.importorskip(engine.name)
     env = {name: value for name, value in os.environ.items() if not name.startswith("LMC_")}
-    assert doctor.check_compat("0.5.23", env).state == "ok"
-    assert doctor.check_entry_point().state == "ok"
-    assert doctor.check_page_hash(env).state == "ok"
+    version = doctor.first_installed(engine.packages)
+    assert version is not None
+    assert doctor.check_compat(engine, version, env).state == "ok"
+    assert doctor.check_entry_point(engine).state == "ok"
+    if engine is doctor.SGLANG:
+        assert doctor.check_page_hash(env).state == "ok"
