@@ -4,9 +4,9 @@ ci/demo.sh`; what differs between the engines is in demo_engines.py.
 Three servers run one after the other: with lmc, with lmc again on the same folder, and without
 lmc. Each variant of the prompt (same length, different first line) is asked in turn:
 
-    server 1  cold, then twice: engine_hit, flush, after_flush        lmc answers from RAM
-    server 2  after_restart                                           lmc answers from disk
-    server 3  off                                                     cold, lmc not switched on
+    server 1  cold, then twice: flush, after_flush        lmc answers from RAM
+    server 2  after_restart                               lmc answers from disk
+    server 3  off, then twice: engine_hit                 lmc not switched on
 
 Timings are reported, never judged. What is judged: the same tokens in every run, and how many
 came from the cache.
@@ -54,13 +54,13 @@ NUM_TOKENS, NUM_CHAT_TOKENS = 8, 40
 HIT_ROUNDS = 2
 DISK_GB, FREE_GB = 4, 5
 HITS = ("engine_hit", "after_flush", "after_restart")
-NAMES = ("cold", *HITS, "off")
+NAMES = ("cold", "off", *HITS)
 WHAT = {
     "cold": "first time, lmc on",
-    "engine_hit": "again: {}'s own cache",
-    "after_flush": "{}'s cache emptied: lmc, RAM",
-    "after_restart": "server restarted: lmc, disk",
     "off": "first time, without lmc",
+    "engine_hit": "again, without lmc: {}'s own cache",
+    "after_flush": "again, {}'s cache emptied: lmc, RAM",
+    "after_restart": "again, server restarted: lmc, disk",
 }
 
 
@@ -124,13 +124,14 @@ class Demo:
             self.version = self.engine.read_settings(server)
             self.ask_first(server)
             self.hold_chat(server)
-            self.counters["first"] = self.engine.finish(server)
+            self.engine.drain(server)
+            self.counters["first"] = self.engine.counters(server)
         with self.server("again, on the same folder", lmc=True) as server:
-            self.ask_all(server, "after_restart")
-            self.counters["restarted"] = server.lmc() or {}
+            self.ask_again(server)
+            self.counters["restarted"] = self.engine.counters(server)
             server.kill()  # at once: nothing in it is needed any more
         with self.server("without lmc", lmc=False) as server:
-            self.ask_all(server, "off")
+            self.ask_without(server)
             server.kill()
 
     @contextlib.contextmanager
@@ -154,16 +155,22 @@ class Demo:
 
     def ask_first(self, server: Server) -> None:
         for variant, prompt in enumerate(self.prompts):
-            server.flush()
             self.ask(server, "cold", variant, prompt)
             for _ in range(HIT_ROUNDS):
-                self.ask(server, "engine_hit", variant, prompt)
                 server.flush()
                 self.ask(server, "after_flush", variant, prompt)
+            server.flush()
 
-    def ask_all(self, server: Server, name: str) -> None:
+    def ask_again(self, server: Server) -> None:
         for variant, prompt in enumerate(self.prompts):
-            self.ask(server, name, variant, prompt)
+            self.ask(server, "after_restart", variant, prompt)
+            server.flush()
+
+    def ask_without(self, server: Server) -> None:
+        for variant, prompt in enumerate(self.prompts):
+            self.ask(server, "off", variant, prompt)
+            for _ in range(HIT_ROUNDS):
+                self.ask(server, "engine_hit", variant, prompt)
             server.flush()
 
     def ask(self, server: Server, name: str, variant: int, prompt: list[int]) -> None:
@@ -309,14 +316,14 @@ def print_table(report: dict[str, Any], engine: Engine) -> None:
     print(f"\n{report['model']} on {report['machine']['cores']} cores, ", end="")
     print(f"{report['prompt_tokens']} tokens, pages of {report['page_size']}, ", end="")
     print(f"median of {report['repeats']} texts\n")
-    print(f"{'run':<15}{'what':<34}{'first token':>12}{'against cold':>14}{'from cache':>12}")
+    print(f"{'run':<15}{'what':<38}{'first token':>12}{'against cold':>14}{'from cache':>12}")
     for run in report["runs"]:
         factor = f"{cold_s / run['ttft_s']:.1f}x"
         what = WHAT[run["name"]].format(engine.title)
-        print(f"{run['name']:<15}{what:<34}{run['ttft_s']:>10.3f} s", end="")
+        print(f"{run['name']:<15}{what:<38}{run['ttft_s']:>10.3f} s", end="")
         print(f"{factor:>14}{run['cached_tokens']:>12}")
     same = "the same" if report["identical_tokens"] else "DIFFERENT"
-    print(f"\nlmc on {engine.title}'s scheduler thread: {engine.own_time(report['lmc']['first'])}")
+    print(f"\n{engine.own_time(report['lmc']['first'])}", end="")
     print(f"answers: {same} tokens in all runs: {report['answer'].strip()!r}")
 
 

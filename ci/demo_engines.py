@@ -40,9 +40,11 @@ class Sglang:
         self.page_size = info["page_size"]
         return str(info["version"])
 
-    def finish(self, server: SglangServer) -> dict[str, float]:
-        """lmc's counters, once all it holds is on disk."""
+    def drain(self, server: SglangServer) -> None:
+        """Waits until all that lmc holds is on disk."""
         server.drain()
+
+    def counters(self, server: SglangServer) -> dict[str, float]:
         return server.lmc() or {}
 
     def own_time(self, counters: Mapping[str, float]) -> str:
@@ -50,7 +52,10 @@ class Sglang:
         spent_s = sum(counters.get(f"scheduler.{part}.seconds", 0.0) for part in parts)
         request_ms = 1e3 * spent_s / counters["scheduler.arrival.calls"]
         step_us = 1e6 * counters["scheduler.step.seconds"] / counters["scheduler.step.calls"]
-        return f"{request_ms:.2f} ms a request, {step_us:.0f} us an idle scheduling step"
+        return (
+            f"lmc on SGLang's scheduler thread: {request_ms:.2f} ms a request, "
+            f"{step_us:.0f} us an idle scheduling step\n"
+        )
 
 
 class Vllm:
@@ -75,9 +80,14 @@ class Vllm:
         self.page_size = server.info()["cache_config"]["block_size"]
         return str(server.call("GET", "/version")["version"])
 
-    def finish(self, server: VllmServer) -> dict[str, float]:
-        """What is not on disk yet is written while the server stops."""
-        return server.lmc() or {}
+    def drain(self, server: VllmServer) -> None:
+        """Nothing to do: a stop of the server waits for what is not on disk yet."""
+
+    def counters(self, server: VllmServer) -> dict[str, float]:
+        return {}
+
+    def own_time(self, counters: Mapping[str, float]) -> str:
+        return ""
 
 
 Engine = Sglang | Vllm
