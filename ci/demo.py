@@ -323,7 +323,7 @@ def print_table(report: dict[str, Any], engine: Engine) -> None:
         print(f"{run['name']:<15}{what:<38}{run['ttft_s']:>10.3f} s", end="")
         print(f"{factor:>14}{run['cached_tokens']:>12}")
     same = "the same" if report["identical_tokens"] else "DIFFERENT"
-    print(f"\n{engine.own_time(report['lmc']['first'])}", end="")
+    print(f"\nlmc on {engine.title}'s scheduler thread: {engine.own_time(report['lmc']['first'])}")
     print(f"answers: {same} tokens in all runs: {report['answer'].strip()!r}")
 
 

@@ -52,10 +52,7 @@ class Sglang:
         spent_s = sum(counters.get(f"scheduler.{part}.seconds", 0.0) for part in parts)
         request_ms = 1e3 * spent_s / counters["scheduler.arrival.calls"]
         step_us = 1e6 * counters["scheduler.step.seconds"] / counters["scheduler.step.calls"]
-        return (
-            f"lmc on SGLang's scheduler thread: {request_ms:.2f} ms a request, "
-            f"{step_us:.0f} us an idle scheduling step\n"
-        )
+        return f"{request_ms:.2f} ms a request, {step_us:.0f} us an idle scheduling step"
 
 
 class Vllm:
@@ -84,10 +81,16 @@ class Vllm:
         """Nothing to do: a stop of the server waits for what is not on disk yet."""
 
     def counters(self, server: VllmServer) -> dict[str, float]:
-        return {}
+        return server.lmc() or {}
 
     def own_time(self, counters: Mapping[str, float]) -> str:
-        return ""
+        spent_s = sum(
+            spent
+            for name, spent in counters.items()
+            if name.startswith("scheduler.") and name.endswith(".seconds")
+        )
+        request_ms = 1e3 * spent_s / counters["scheduler.arrival.calls"]
+        return f"{request_ms:.2f} ms a request, all its scheduling steps included"
 
 
 Engine = Sglang | Vllm

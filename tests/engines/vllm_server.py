@@ -7,6 +7,7 @@ default vLLM kills its processes at once, and what lmc has not written yet is lo
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
+
+COUNTER = re.compile(r'^vllm:lmc_(?:events_total|state){.*\b(?:event|of)="([^"]+)".*} (\S+)$', re.M)
 
 
 class VllmServer(Server):
@@ -107,3 +110,9 @@ class VllmServer(Server):
         """vLLM's configuration, as `/server_info` prints it."""
         config: dict[str, Any] = self.call("GET", "/server_info?config_format=json")["vllm_config"]
         return config
+
+    def lmc(self) -> dict[str, float] | None:
+        """lmc's counters as of about a second before the last step, None where there are none."""
+        status, text = self.request("GET", "/metrics")
+        found = COUNTER.findall(text.decode()) if status == 200 else []
+        return {name: float(value) for name, value in found} or None
