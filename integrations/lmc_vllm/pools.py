@@ -22,15 +22,17 @@ SUPPORTED = "KV caches in the memory of the CPU"
 
 def pools_of(
     groups: Sequence[Group], num_blocks: int, kv_caches: Mapping[str, Any]
-) -> list[PagedPool]:
-    """One pool a group, planes in the order of its layers. Raises ValueError naming the layer."""
+) -> list[PagedPool | None]:
+    """One pool a group, planes in the order of its layers; None for a group that has no layer in
+    this pipeline stage. Raises ValueError naming the layer.
+    """
     grouped = {name for group in groups for name in group.layer_names}
     if unknown := sorted(kv_caches.keys() - grouped):
         shared = {_first(kv_caches[name]).data_ptr() for name in grouped & kv_caches.keys()}
         unknown = [n for n in unknown if _first(kv_caches[n]).data_ptr() not in shared]
         if unknown:
             raise ValueError(f"lmc knows no KV cache group of layer {unknown[0]}")
-    return [_pool(group, num_blocks, kv_caches) for group in groups]
+    return [_pool(group, num_blocks, kv_caches) if group.layer_names else None for group in groups]
 
 
 def _pool(group: Group, num_blocks: int, kv_caches: Mapping[str, Any]) -> PagedPool:

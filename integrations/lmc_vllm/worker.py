@@ -38,7 +38,7 @@ class WorkerSide:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, groups: Sequence[Group]) -> None:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._groups = groups
-        self._pools: list[PagedPool] = []
+        self._pools: list[PagedPool | None] = []  # by group; none without a layer in this stage
         self._places: list[tuple[Arena, int]] = []  # by group: memory, bytes of workers before
         self._rank = (0, 0)
         self._copies_out = True  # else another worker holds the same KV
@@ -59,17 +59,21 @@ class WorkerSide:
         self._pools = pools_of(self._groups, self._kv_cache_config.num_blocks, kv_caches)
         self._rank = rank
         self._copies_out = rank[1] % replicas == 0
-        self._copier = Copier(resolve(kernels, self._pools[0].device))
+        self._copier = Copier(resolve(kernels, self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(pool.device for pool in self._pools if pool is not None)
 
     def registered(self) -> Registered:
         layer_names = [name for group in self._groups for name in group.layer_names]
         attention = {compat.attention_of(self._vllm_config, name) for name in layer_names}
         return Registered(
-            page_bytes=[pool.page_bytes for pool in self._pools],
+            page_bytes=[() if pool is None else pool.page_bytes for pool in self._pools],
             fields={
                 "attention": ",".join(sorted(attention)),
                 "layout": str(self._kv_cache_config.kv_cache_layout),
-                "device": self._pools[0].device.type,
+                "device": self._device.type,
             },
             machine=machine_id(),
             pid=os.getpid(),
@@ -138,7 +142,7 @@ class WorkerSide:
             self._over[store.job] += 1
             return None
         assert self._copier is not None
-        job = self._copier.store(list(map(self._transfer, store.moves)))
+        job = self._copier.store(self._transfers(store.moves))
         self._stores[store.job] = job
         return job
 
@@ -147,12 +151,21 @@ class WorkerSide:
         if load.moves is None:
             self._failed_loads.append(load.request_id)
         else:
-            self._loads[load.request_id] = self._copier.load(list(map(self._transfer, load.moves)))
+            self._loads[load.request_id] = self._copier.load(self._transfers(load.moves))
 
-    def _transfer(self, move: Move) -> Transfer:
-        arena, before = self._places[move.group]
-        pieces = [
-            Piece(arena.address(run.slot) + run.total * before, run.total, run.first, run.pages)
-            for run in move.runs
-        ]
-        return Transfer(self._pools[move.group], torch.tensor(move.block_ids), pieces)
+    def _transfers(self, moves: Sequence[Move]) -> list[Transfer]:
+        transfers = []
+        for move in moves:
+            if (pool := self._pools[move.group]) is not None:
+                arena, before = self._places[move.group]
+                pieces = [
+                    Piece(
+                        arena.address(run.slot) + run.total * before,
+                        run.total,
+                        run.first,
+                        run.pages,
+                    )
+                    for run in move.runs
+                ]
+                transfers.append(Transfer(pool, torch.tensor(move.block_ids), pieces))
+        return transfers
