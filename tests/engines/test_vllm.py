@@ -1,0 +1,244 @@
+"""lmc inside a real vLLM: the same tokens and log-probabilities as the engine's own prefix cache.
+
+Both caches hold whole blocks of 128 tokens, of the same bytes. Where a prompt is not whole blocks
+the same number of tokens comes from either, and with float32 on one machine every log-probability
+is equal to the last bit. Of whole blocks vLLM's own hit recomputes the last one, lmc's only the
+last token: another shape for the kernels, so only the tokens are equal there.
+
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.engines.models import model
+from tests.engines.vllm_engine import Answer, VllmEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 128
+ROOT = Path(__file__).resolve().parents[2]
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+REAL = {
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    "kv_offloading_size": 2,
+    "kv_cache_memory_bytes": 1 << 29,
+}
+
+
+def tokens(n: int, seed: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(5, 1000) for _ in range(n)]
+
+
+def whole_blocks(n: int, block: int = BLOCK) -> int:
+    return n // block * block
+
+
+@pytest.fixture(scope="session")
+def text(smollm2: Path) -> list[int]:
+    """Text that a person wrote, so that answers hang on what was read."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    files = [ROOT / "README.md", ROOT / "LICENSE", *sorted(ROOT.glob("lmc/**/*.py"))]
+    return [token for file in files for token in tokenizer.encode(file.read_text()).ids]
+
+
+def prompts(text: Sequence[int], lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """One of each length; every third begins as an earlier one does."""
+    source = random.Random(seed)
+    made: list[list[int]] = []
+    for i, n in enumerate(lengths):
+        at = source.randrange(len(text) - n)
+        prompt = list(text[at : at + n])
+        if i % 3 == 2:
+            earlier = source.choice(made)
+            shared = source.randrange(1, min(n, len(earlier)) + 1)
+            prompt[:shared] = earlier[:shared]
+        made.append(prompt)
+    return made
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VllmEngine]:
+    """Starts a model of models.py: `with start("tiny-llama", LMC_TIERS=...) as engine`."""
+
+    def launch(name: str, **options: object) -> VllmEngine:
+        log = tmp_path_factory.mktemp("vllm") / "engine.log"
+        return VllmEngine(model(name), log, **options)
+
+    return launch
+
+
+@dataclass(frozen=True)
+class Asked:
+    prompt: list[int]
+    first: Answer
+    own: Answer
+
+
+def same(a: Answer, b: Answer) -> bool:
+    return (a.cached_tokens, a.output_ids, a.logprobs) == (
+        b.cached_tokens,
+        b.output_ids,
+        b.logprobs,
+    )
+
+
+def ask_twice(engine: VllmEngine, prompt: list[int], num_tokens: int = 6) -> Asked:
+    (first,), (own,) = engine.ask([prompt], num_tokens), engine.ask([prompt], num_tokens)
+    return Asked(prompt, first, own)
+
+
+def check_back(asked: Asked, back: Answer, block: int = BLOCK) -> None:
+    """`back` is what lmc brought: as the engine's own hit, and as the first run where that is."""
+    n = len(asked.prompt)
+    assert back.cached_tokens == whole_blocks(n, block)
+    if n % block:
+        assert same(back, asked.own), n
+    elif asked.own.output_ids == asked.first.output_ids:
+        assert back.output_ids == asked.own.output_ids, n
+
+
+def check_flushed(engine: VllmEngine, asked: Sequence[Asked], block: int = BLOCK) -> None:
+    for one in asked:
+        engine.flush()
+        check_back(one, engine.ask([one.prompt], len(one.own.output_ids))[0], block)
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    return sorted(file for file in (folder / "chunks").rglob("*") if file.is_file())
+
+
+def wait_for_files(folder: Path, number: int) -> list[Path]:
+    deadline = time.monotonic() + 20
+    while len(files := chunk_files(folder)) < number and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(files) == number
+    return files
+
+
+LENGTHS = (17, 127, 128, 129, 150, 200, 255, 256, 257, 258, 300, 333, 383, 384, 385, 400, 450)
+LENGTHS += (500, 512, 513, 600, 640, 641, 700, 900)
+
+
+@dataclass
+class First:
+    """What the first process on a folder was asked, and how it ended."""
+
+    folder: Path
+    asked: list[Asked]
+    back: list[Answer]
+    turns: list[Answer]
+    last: Asked
+    exit_code: int
+    survivors: list[str]
+    own_files: set[str]
+
+
+@pytest.fixture(scope="module")
+def first(
+    start: Callable[..., VllmEngine], text: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> First:
+    """Three processes, as vLLM runs by default; prefill in parts of 384 tokens."""
+    folder = tmp_path_factory.mktemp("chunks")
+    engine = start("smollm2-135m", LMC_TIERS=f"file://{folder}", max_num_batched_tokens=384, **REAL)
+    with engine:
+        asked = [ask_twice(engine, prompt) for prompt in prompts(text, LENGTHS, seed=1)]
+        back = []
+        for one in asked:
+            engine.flush()
+            back += engine.ask([one.prompt], len(one.own.output_ids))
+        turns = []
+        conversation = text[5000:5100]
+        for turn in range(3):
+            turns += engine.ask([conversation], 40)
+            conversation = [*conversation, *turns[-1].output_ids, *text[6000 + turn : 6020 + turn]]
+            engine.flush()
+        last = ask_twice(engine, text[8000:8700])
+        code = engine.stop()
+    own_files = {file.name for file in engine.log.parent.iterdir() if file.is_file()}
+    return First(folder, asked, back, turns, last, code, engine.survivors, own_files)
+
+
+class TestRealModel:
+    """SmolLM2-135M reads the text of this repository."""
+
+    def test_back_from_ram_as_the_engines_own_hit(self, first: First) -> None:
+        for asked, back in zip(first.asked, first.back, strict=True):
+            check_back(asked, back)
+
+    def test_the_engines_own_hit_is_as_the_first_run_nearly_always(self, first: First) -> None:
+        same_tokens = [asked.own.output_ids == asked.first.output_ids for asked in first.asked]
+        assert sum(same_tokens) >= len(same_tokens) - 1
+
+    def test_answers_hang_on_what_was_read(self, first: First) -> None:
+        assert len({asked.own.output_ids for asked in first.asked}) > len(first.asked) * 0.8
+
+    def test_an_answer_comes_back_as_the_next_turns_beginning(self, first: First) -> None:
+        lengths = [100, 160, 220]
+        known = [0, *(whole_blocks(n + 40 - 1) for n in lengths[:-1])]
+        assert [turn.cached_tokens for turn in first.turns] == known
+
+    def test_the_process_ends_well_and_leaves_nothing(self, first: First) -> None:
+        assert (first.exit_code, first.survivors) == (0, [])
+        assert first.own_files == {"engine.log"}
+
+    def test_a_new_process_goes_on_where_the_first_ended(
+        self, second: VllmEngine, first: First
+    ) -> None:
+        check_flushed(second, [first.last, *first.asked])
+
+
+@pytest.fixture(scope="module")
+def second(first: First, start: Callable[..., VllmEngine]) -> Iterator[VllmEngine]:
+    with start("smollm2-135m", LMC_TIERS=f"file://{first.folder}", **IN_PROCESS, **REAL) as engine:
+        yield engine
+
+
+TINY = pytest.mark.parametrize(
+    ("name", "block", "options"),
+    [
+        pytest.param("tiny-mla", 16, {}, id="mla"),
+        pytest.param("tiny-gemma3", BLOCK, {}, id="sliding windows"),
+        pytest.param(
+            "tiny-gemma3",
+            BLOCK,
+            {"disable_hybrid_kv_cache_manager": True},
+            id="sliding windows as full attention",
+        ),
+    ],
+)
+
+
+class TestOtherPools:
+    """Latent attention, and sliding windows beside full attention: groups of their own, or one."""
+
+    @TINY
+    def test_from_ram_and_in_a_new_process_as_the_engines_own_hit(
+        self,
+        start: Callable[..., VllmEngine],
+        tmp_path: Path,
+        name: str,
+        block: int,
+        options: dict[str, object],
+    ) -> None:
+        settings = {**IN_PROCESS, **options, "LMC_TIERS": f"file://{tmp_path}"}
+        lengths = [*random.Random(2).choices(range(17, 700), k=16), 256, 640, 1024, 2000, 2200]
+        source = [token for seed in range(4) for token in tokens(2500, seed)]
+        with start(name, **settings) as engine:
+            asked = [ask_twice(engine, prompt) for prompt in prompts(source, lengths, seed=3)]
+            check_flushed(engine, asked, block)
+        with start(name, lmc=False, LMC_ENABLE="1", LMC_RAM_GB="0.5", **settings) as engine:
+            check_flushed(engine, asked, block)
