@@ -23,4 +23,4 @@ say "models for the engine tests"
 "$PY" tests/engines/models.py tiny-llama tiny-mla tiny-gemma3 tiny-lfm2 smollm2-135m
 say "tests inside vLLM, and against real vLLM servers"
 "$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \
-    tests/integrations tests/engines tests/cli
+    tests/integrations tests/engines tests/cli tests/test_readme.py

