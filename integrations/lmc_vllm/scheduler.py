@@ -63,12 +63,13 @@ class _Lane:
 @dataclass(slots=True)
 class _Promise:
     """What vLLM was told: tokens `start .. length` are pinned in RAM, for each lane from the first
-    one it needs.
+    one it needs. `computed` of them it had itself when it was told last.
     """
 
     start: int
     length: int
     leases: list[ReadLease]
+    computed: int
 
 
 @dataclass(slots=True, eq=False)
@@ -144,6 +145,7 @@ class SchedulerSide:
         self._early: list[Store] = []
         self._loads: list[Load] = []
         self._loading: dict[str, _Load] = {}  # by request: until all workers have it
+        self._void: list[str] = []  # requests whose loads came too late
         self._coming: dict[Key, _Load] = {}  # by the ends of what loads bring
         self._told: dict[str, float] = {}
         self._next_news = 0.0
@@ -174,7 +176,7 @@ class SchedulerSide:
                 share,
                 open_tiers(self._config),
                 stats=self.stats,
-                io_threads=self._config.io_threads,
+                io_threads=max(1, self._config.io_threads // len(layouts)),
                 write_queue_bytes=self._config.write_queue_bytes // len(layouts),
                 shared=shared,
             )
@@ -232,7 +234,7 @@ class SchedulerSide:
                 self._close_tickets(known)
                 for i, lane in enumerate(self.lanes):
                     if lane.group.kind is Kind.FULL:
-                        known.tickets.append(lane.store.stage(self._keys(known, i)))
+                        known.tickets.append(lane.store.stage(tuple(self._keys(known, i))))
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond `computed` that can be loaded; None: ask again."""
@@ -240,6 +242,7 @@ class SchedulerSide:
             known = self._known(request)
             promise = known.promise
             if promise is not None and promise.start <= computed < promise.length:
+                promise.computed = computed
                 return promise.length - computed, True
             self._break_promise(known)
             if known.refused or request.skip_reading_prefix_cache or not self.lanes:
@@ -270,8 +273,10 @@ class SchedulerSide:
         if promise is None:  # vLLM loads what nobody promised: never serve what is not there
             self._loads.append(Load(request.request_id, None))
             return
-        start = promise.length - tokens
-        moves = self._moves_in(promise, start, block_ids)
+        start = promise.computed
+        moves = None
+        if start + tokens == promise.length:
+            moves = self._moves_in(promise, start, block_ids)
         load = known.load = _Load(promise.length, promise.leases)
         self._loading[request.request_id] = load
         self._loads.append(Load(request.request_id, moves))
@@ -298,8 +303,9 @@ class SchedulerSide:
                     self._save_filled(known, tokens, state, stores)
             self._save_offered(state, stores)
             places, self._places = self._places, None
-            step = Step(places, self._fence(stores), self._early, stores, self._loads)
-            self._early, self._loads = [], []
+            fence = self._fence(stores)
+            step = Step(places, fence, self._early, stores, self._loads, self._void)
+            self._early, self._loads, self._void = [], [], []
             return step
 
     def finished(self, request: Any, block_ids: Sequence[list[int]]) -> None:
@@ -372,6 +378,7 @@ class SchedulerSide:
         for lane in self.lanes:
             lane.store.renew()
         self._coming.clear()
+        self._void += self._loading
         self._stale_cache = not self._cache_is_empty()
         return True
 
@@ -520,7 +527,7 @@ class SchedulerSide:
             first = max(start, lane.group.first_needed(length)) // per_step
             keys = self._keys(known, i)[first : length // per_step]
             leases.append(lane.store.acquire(keys, first))
-        return _Promise(start, length, leases)
+        return _Promise(start, length, leases, start)
 
     def _break_promise(self, known: _Request) -> None:
         if known.promise is not None:

@@ -87,6 +87,8 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]
     stores: list[Store] = field(default_factory=list)
     """Stores of blocks that this step fills: begun when it has."""
     loads: list[Load] = field(default_factory=list)
+    void: list[str] = field(default_factory=list)
+    """Requests whose loads under way brought what is no longer true: reported failed."""
 
 
 @dataclass

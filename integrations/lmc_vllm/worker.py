@@ -46,6 +46,7 @@ class WorkerSide:
         self._stores: dict[int, Job] = {}
         self._loads: dict[str, Job] = {}
         self._failed_loads: list[str] = []
+        self._void: set[str] = set()  # loads under way that nobody wants any more
         self._over: Counter[int] = Counter()
         self._failed: set[int] = set()
         self._introduced = False  # whether a report said who this is
@@ -92,6 +93,7 @@ class WorkerSide:
                 job.wait()
 
     def start_loads(self, step: Step) -> None:
+        self._void.update(self._loads.keys() & set(step.void))
         for load in step.loads:
             self._load(load)
 
@@ -107,6 +109,8 @@ class WorkerSide:
             if (error := self._loads.pop(request_id).error) is not None:
                 log.error("lmc could not load the KV of request %s: %s", request_id, error)
                 failed.add(request_id)
+        failed |= over & self._void
+        self._void -= over
         self._failed_loads.clear()
         return over | failed, failed
 
@@ -135,11 +139,16 @@ class WorkerSide:
     # --- inside
 
     def _attach(self, places: Sequence[Place]) -> None:
-        self._places = [(Arena.attach(place.arena), place.bytes_before) for place in places]
+        try:
+            self._places = [(Arena.attach(place.arena), place.bytes_before) for place in places]
+        except OSError as error:
+            log.warning("lmc keeps nothing: a worker cannot reach the memory for it: %s", error)
 
     def _store(self, store: Store) -> Job | None:
-        if not self._copies_out:
+        if not (self._copies_out and self._places):
             self._over[store.job] += 1
+            if not self._places:
+                self._failed.add(store.job)
             return None
         assert self._copier is not None
         job = self._copier.store(self._transfers(store.moves))
@@ -148,7 +157,7 @@ class WorkerSide:
 
     def _load(self, load: Load) -> None:
         assert self._copier is not None
-        if load.moves is None:
+        if load.moves is None or not self._places:
             self._failed_loads.append(load.request_id)
         else:
             self._loads[load.request_id] = self._copier.load(self._transfers(load.moves))
