@@ -242,3 +242,119 @@ class TestOtherPools:
             check_flushed(engine, asked, block)
         with start(name, lmc=False, LMC_ENABLE="1", LMC_RAM_GB="0.5", **settings) as engine:
             check_flushed(engine, asked, block)
+
+
+CROWD = 32
+
+
+@pytest.fixture(scope="class")
+def hurt(
+    start: Callable[..., VllmEngine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[VllmEngine, list[Asked]]]:
+    """The second process on a folder in which a chunk of the first prompt was cut off, and a bit
+    of one of the second is another.
+    """
+    folder = tmp_path_factory.mktemp("chunks")
+    settings = {"max_num_seqs": CROWD, "LMC_TIERS": f"file://{folder}", **IN_PROCESS}
+    asked: list[Asked] = []
+    files: list[list[Path]] = []
+    with start("tiny-llama", **settings) as engine:
+        for seed in range(2):
+            asked.append(ask_twice(engine, tokens(1000, seed)))
+            known = {file for chunks in files for file in chunks}
+            files.append(sorted({*wait_for_files(folder, len(known) + 4)} - known))
+    os.truncate(files[0][0], files[0][0].stat().st_size - 1000)
+    data = bytearray(files[1][0].read_bytes())
+    data[-1000] ^= 1
+    files[1][0].write_bytes(data)
+    with start("tiny-llama", **settings) as engine:
+        yield engine, asked
+
+
+@pytest.fixture(scope="class")
+def engine(hurt: tuple[VllmEngine, list[Asked]]) -> VllmEngine:
+    return hurt[0]
+
+
+def counted(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    return after.get(name, 0) - before.get(name, 0)
+
+
+class TestTrouble:
+    """One process, where lmc's counters are within reach."""
+
+    @pytest.mark.parametrize(("number", "cause"), [(0, "truncated"), (1, "checksum")])
+    def test_a_damaged_chunk_ends_the_hit_there_and_is_computed_again(
+        self, hurt: tuple[VllmEngine, list[Asked]], number: int, cause: str
+    ) -> None:
+        engine, asked = hurt[0], hurt[1][number]
+        (answer,) = engine.ask([asked.prompt], 6)
+        assert answer.cached_tokens in (0, 256, 512, 768)  # the chunk is one of four
+        assert answer.output_ids == asked.first.output_ids
+        assert engine.counters()[f"disk.miss.{cause}"] == 1
+        check_flushed(engine, [asked])
+
+    def test_a_crowd_with_one_prompt_loads_it_once(self, engine: VllmEngine) -> None:
+        prompt = tokens(2000, seed=1)
+        asked = ask_twice(engine, prompt)
+        engine.flush()
+        before = engine.counters()
+        answers = engine.ask([prompt] * CROWD, 6)
+        assert counted(before, engine.counters(), "tokens.loaded") == whole_blocks(2000)
+        assert {answer.output_ids for answer in answers} == {asked.own.output_ids}
+
+    def test_a_copy_that_failed_is_computed_again(self, engine: VllmEngine) -> None:
+        asked = ask_twice(engine, tokens(1000, seed=2))
+        engine.flush()
+        before = engine.counters()
+        engine.call("fail_loads", number=1)
+        (answer,) = engine.ask([asked.prompt], 6)
+        assert (answer.output_ids, answer.logprobs) == (
+            asked.first.output_ids,
+            asked.first.logprobs,
+        )
+        assert counted(before, engine.counters(), "load.failed") == 1
+        check_flushed(engine, [asked])
+
+    def test_one_of_a_crowd_whose_copy_failed(self, engine: VllmEngine) -> None:
+        asked = [ask_twice(engine, tokens(600, seed=10 + i)) for i in range(4)]
+        engine.flush()
+        engine.call("fail_loads", number=1)
+        answers = engine.ask([one.prompt for one in asked], 6)
+        assert [a.output_ids for a in answers] == [one.own.output_ids for one in asked]
+        check_flushed(engine, asked)
+
+    def test_new_weights_hit_nothing_old(self, engine: VllmEngine) -> None:
+        asked = ask_twice(engine, tokens(1000, seed=3))
+        engine.flush(connector=True)
+        (again,) = engine.ask([asked.prompt], 6)
+        assert same(again, asked.first)
+        engine.flush()
+        check_back(asked, *engine.ask([asked.prompt], 6))
+
+    def test_another_salt_is_another_prompt(self, engine: VllmEngine) -> None:
+        asked = ask_twice(engine, tokens(1000, seed=4))
+        engine.flush()
+        (salted,) = engine.ask([asked.prompt], 6, salt="other")
+        assert same(salted, asked.first)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_preempted_requests_go_on_from_what_was_kept(
+    start: Callable[..., VllmEngine], prefix_caching: bool
+) -> None:
+    """Nine blocks, and vLLM's null block, for three requests: they need twelve before the end."""
+    room = {"num_gpu_blocks_override": 10, "max_model_len": 640}
+    with start("tiny-llama", enable_prefix_caching=prefix_caching, **room, **IN_PROCESS) as engine:
+        assert engine.config["blocks"] == 10
+        given = [tokens(370, seed) for seed in range(3)]
+        alone = [engine.ask([prompt], 40, salt=str(i))[0] for i, prompt in enumerate(given)]
+        assert [answer.cached_tokens for answer in alone] == [0, 0, 0]
+        before = engine.counters()
+        together = engine.ask(given, 40)
+        assert [a.output_ids for a in together] == [a.output_ids for a in alone]
+        if not prefix_caching:
+            assert counted(before, engine.counters(), "tokens.loaded") >= 256
+            again = engine.ask([given[0]], 40)[0]
+            assert again.output_ids == alone[0].output_ids
+            assert again.cached_tokens == whole_blocks(370)

@@ -70,7 +70,7 @@ class VllmEngine:
 
     def __init__(self, model: Path, log: Path, *, lmc: bool = True, **options: Any) -> None:
         environment = {name: options.pop(name) for name in list(options) if name.isupper()}
-        environment |= {"TMPDIR": str(log.parent), "VLLM_CACHE_ROOT": str(log.parent / "cache")}
+        environment["TMPDIR"] = str(log.parent)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("LMC_")}
         self.options = {"model": str(model), **OPTIONS, **(LMC if lmc else {}), **options}
         self.log = log
