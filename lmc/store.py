@@ -141,6 +141,7 @@ class TieredStore:
         self._closed = False
         self._tickets: deque[Ticket] = deque()  # all open ones, oldest first
         self._staged: Counter[int] = Counter()  # slots held by tickets
+        self._num_warming = 0  # jobs of `warm` under way
         self._max_staged = max(1, slots // 2)
 
     # --- retrieve
@@ -215,6 +216,11 @@ class TieredStore:
         for guard in self._guards:
             if guard.persistent and self._reaches(guard):
                 self._look_for_hottest(guard)
+
+    @property
+    def warming(self) -> bool:
+        """Whether `warm` goes on, which takes a `poll` now and then."""
+        return self._num_warming > 0
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no tier has anything to do; whether that came about in time."""
@@ -384,9 +390,10 @@ class TieredStore:
 
     def _look_for_hottest(self, guard: Guard) -> None:
         def found(names: Sequence[Name] | None) -> None:
+            self._num_warming -= 1
             self._warm(guard, deque(names or ()))
 
-        guard.read(lambda tier: tier.hottest(WARM_LOOKS), found)
+        self._num_warming += guard.read(lambda tier: tier.hottest(WARM_LOOKS), found)
 
     def _warm(self, guard: Guard, names: deque[Name]) -> None:
         """Read the next of `names`, a few chunks a job, one job at a time."""
@@ -403,6 +410,7 @@ class TieredStore:
             return [_read_named(tier, name, view(s), namespace, layout) for name, s in work]
 
         def arrived(chunks: list[Chunk | None] | None) -> None:
+            self._num_warming -= 1
             held = [lease for lease in leases if lease]
             for lease, chunk in zip(held, chunks or [None] * len(held), strict=True):
                 if chunk is None or namespace is not self.namespace:
@@ -413,7 +421,9 @@ class TieredStore:
                     self.stats.add(f"{guard.name}.warmed")
             self._warm(guard, names)
 
-        if not guard.read(read, arrived):
+        if guard.read(read, arrived):
+            self._num_warming += 1
+        else:
             for lease in leases:
                 lease.abort()
 

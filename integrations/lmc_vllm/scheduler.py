@@ -361,8 +361,10 @@ class SchedulerSide:
 
     @property
     def busy(self) -> bool:
-        """Whether steps are needed for stores to end."""
-        return bool(self._savings or self._early)
+        """Whether an idle engine has to go on stepping: for stores to end, and for what comes up
+        by itself after a start.
+        """
+        return bool(self._savings or self._early) or any(lane.store.warming for lane in self.lanes)
 
     def reset(self) -> bool:
         """vLLM's caches were reset, as after a change of weights: nothing stored is found again.

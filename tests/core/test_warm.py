@@ -54,7 +54,9 @@ def fill(store: TieredStore, seed: int, steps: int) -> None:
 
 def warmed(store: TieredStore) -> TieredStore:
     store.warm()
+    assert store.warming
     assert store.drain(10)
+    assert not store.warming
     store.ram.check()
     return store
 
