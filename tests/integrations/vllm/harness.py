@@ -332,6 +332,7 @@ class _Executor(Executor):
         outputs = [worker.done.pop(number) for worker in self.workers]
         if len(outputs) == 1 or self.kv_output_aggregator is None:
             return outputs[-1]
+        outputs = [pickle.loads(pickle.dumps(output)) for output in outputs]  # as above
         return self.kv_output_aggregator.aggregate(outputs, len(outputs) - 1)
 
     def collective_rpc(self, method: Any, *_: Any, **__: Any) -> Any:
@@ -519,6 +520,7 @@ class Engine:
         request, count = self.asked[name]
         assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED, request.status
         if not request.mm_features:
+            count = min(count, self.options.max_len - request.num_prompt_tokens)
             right = answer(request.prompt_token_ids, count, self.seed(request.lora_request))
             assert self.said[name] == right, f"{name}: wrong answer"
 
