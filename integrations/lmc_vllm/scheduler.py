@@ -240,6 +240,7 @@ class SchedulerSide:
         """Tokens beyond `computed` that can be loaded; None: ask again."""
         with self.stats.timed("scheduler.match"):
             known = self._known(request)
+            self._forgive(known)
             promise = known.promise
             if promise is not None and promise.start <= computed < promise.length:
                 promise.computed = computed
@@ -381,7 +382,7 @@ class SchedulerSide:
             lane.store.renew()
         self._coming.clear()
         self._void += self._loading
-        self._stale_cache = not self._cache_is_empty()
+        self._stale_cache = self._vllm_holds_old_kv()
         return True
 
     def snapshot(self) -> dict[str, float]:
@@ -608,9 +609,7 @@ class SchedulerSide:
         """Store the chunks that this step completes, and the prompt's tail once it is read."""
         request = known.request
         if known.stale or self._stale_cache:
-            self._forgive(known)
-            if known.stale or self._stale_cache:
-                return
+            return
         if request.num_preemptions != known.preemptions:  # it began again
             known.preemptions = request.num_preemptions
             known.saved = [
@@ -758,16 +757,21 @@ class SchedulerSide:
 
     # --- inside: weights that changed
 
-    def _cache_is_empty(self) -> bool:
-        manager = self.kv_cache_manager
-        return manager is None or compat.local_cache_is_empty(manager)
+    def _vllm_holds_old_kv(self) -> bool:
+        """Whether vLLM's own cache holds something, or will: requests that go on cache blocks."""
+        if not self._finds_own_blocks:
+            return False
+        return not compat.local_cache_is_empty(self.kv_cache_manager) or any(
+            known.stale and known.request.num_computed_tokens for known in self._requests.values()
+        )
 
     def _forgive(self, known: _Request) -> None:
-        """A request that begins again, on a cache that holds nothing old, is as good as new."""
+        """A request that begins, or begins again, on a cache that holds nothing old is as good as
+        new. Asked before vLLM gives it blocks: these are in the cache at once.
+        """
         if self._stale_cache:
-            self._stale_cache = not self._cache_is_empty()
-        if known.stale and known.request.num_computed_tokens == 0 and not self._stale_cache:
-            known.stale = False
+            self._stale_cache = self._vllm_holds_old_kv()
+        known.stale = known.stale and self._stale_cache
 
 
 def _runs_of(
