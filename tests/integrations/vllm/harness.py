@@ -45,7 +45,7 @@ import lmc_vllm.connector
 from tests.integrations.vllm.fake import Context, Layer, answer, next_token, seed_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -82,6 +82,8 @@ class Options:
     arguments: dict[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's."""
     mamba_mode: str | None = None
+    configure: Callable[[Any], object] | None = None
+    """Changes vLLM's configuration once it stands."""
     loras: bool = False
 
     def vllm_config(self) -> Any:
@@ -115,6 +117,8 @@ class Options:
         config.cache_config.block_size = self.block
         if self.mamba_mode:
             config.cache_config.mamba_cache_mode = self.mamba_mode
+        if self.configure:
+            self.configure(config)
         return config
 
 
