@@ -351,13 +351,23 @@ class TieredStore:
         while self._queue:
             ticket = self._queue[0]
             while ticket._targets:
-                if len(self._staged) + self._num_fetching >= self._max_staged:
+                if self._is_full() and self._takes_room(ticket._targets[0]):
                     if not (ticket._held or ticket._coming):
                         return
                     ticket._targets.clear()
                 elif not self._fetch(ticket, ticket._targets.popleft()):
                     ticket._targets.clear()
             self._queue.remove(ticket)
+
+    def _is_full(self) -> bool:
+        return len(self._staged) + self._num_fetching >= self._max_staged
+
+    def _takes_room(self, target: _Target) -> bool:
+        """Whether a chunk is neither on its way nor held for another request already."""
+        if target.key in self._fetching:
+            return False
+        spans = self.ram.find([target.key], target.end - 1)
+        return not spans or spans[0].slot not in self._staged
 
     def _fetch(self, ticket: Ticket, target: _Target) -> bool:
         """Bring one chunk up, or join the request that already does; False if that cannot be."""

@@ -442,6 +442,30 @@ def test_staging_holds_at_most_half_of_ram(below: FaultyTier) -> None:
     store.close()
 
 
+def test_what_another_request_brings_takes_no_more_room(below: FaultyTier) -> None:
+    """Two requests for the same half of RAM: both get all of it, on its way or there already."""
+    store = open_store(below, num_chunks=8)
+    put_below(store, A[:16])
+    hang = threading.Event()
+    below.plan("read", Fault(hang=hang), times=3)  # a thread is left for the second's probe
+    first = store.stage(A[:16])
+    wait_until(lambda: store.poll() or store._num_fetching == 3)
+    second = store.stage(A[:16])
+    wait_until(lambda: store.poll() or len(second._coming) == 3)
+    hang.set()
+    assert store.settle(second, 10.0)
+    third = store.stage(A[:16])
+    assert store.settle(third, 10.0)
+    assert store.snapshot()["staged_slots"] == 4
+    first.close()
+    second.close()
+    assert get(store, A[:16]) == 16
+    third.close()
+    store.drain(10.0)
+    store.ram.check()
+    store.close()
+
+
 def test_room_is_given_in_the_order_of_arrival(below: FaultyTier) -> None:
     store = open_store(below, num_chunks=8)
     docs = [keys_of(n, 16) for n in range(4)]
