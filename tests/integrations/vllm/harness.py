@@ -379,6 +379,59 @@ class Copies:
         self.loaded += len(transfer.page_ids)
 
 
+class SlowStores:
+    """Stores that only go on while somebody waits for them, and at the `end`: the slowest copies
+    there can be. `fenced` of them were waited for.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._gates: list[threading.Event] = []
+        self.fenced = 0
+        self.ended = False
+        for worker in engine.workers:
+            self._slow_down(worker.connector.worker._copier)
+
+    def _slow_down(self, copier: Any) -> None:
+        gates: list[threading.Event] = []
+        store, run = copier.store, copier._store
+
+        def slowly(transfers: Any) -> None:
+            assert gates[len(passed)].wait(10), "a store nobody waited for"
+            passed.append(True)
+            run(transfers)
+
+        def begin(transfers: Any) -> Any:
+            gate = threading.Event()
+            gates.append(gate)
+            self._gates.append(gate)
+            if self.ended:
+                gate.set()
+            job = store(transfers)
+            number, wait = len(gates), job.wait
+
+            def waited() -> bool:
+                self.fenced += not job.done()
+                for earlier in gates[:number]:
+                    earlier.set()
+                return wait()
+
+            job.wait = waited
+            return job
+
+        passed: list[bool] = []
+        copier.store, copier._store = begin, slowly
+
+    def let_go(self) -> None:
+        """Those that were begun go on."""
+        for gate in self._gates:
+            gate.set()
+
+    def end(self) -> None:
+        """So do all that will be."""
+        self.ended = True
+        self.let_go()
+
+
 # --- the engine
 
 

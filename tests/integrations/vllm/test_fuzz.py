@@ -23,6 +23,7 @@ from vllm.v1.request import RequestStatus
 import lmc_vllm.scheduler
 from lmc.testing import Fault, FaultyTier
 from tests.integrations.vllm.fake import full, local, mamba, prompt, sliding
+from tests.integrations.vllm.harness import SlowStores
 
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": (full(2), {"blocks": 40}),
@@ -61,8 +62,13 @@ class AnyMoment(RuleBasedStateMachine):
     build: Any  # set by the test
     places: Any
 
-    @initialize(kind=st.sampled_from(sorted(ENGINES)), disk=st.booleans(), slots=st.integers(6, 40))
-    def start(self, kind: str, disk: bool, slots: int) -> None:
+    @initialize(
+        kind=st.sampled_from(sorted(ENGINES)),
+        disk=st.booleans(),
+        slots=st.integers(6, 40),
+        slow=st.booleans(),
+    )
+    def start(self, kind: str, disk: bool, slots: int, slow: bool) -> None:
         specs, options = ENGINES[kind]
         self.tiers: list[FaultyTier] = []
         tiers = {"LMC_TIERS": f"file://{next(self.places)}?gb=1"} if disk else {}
@@ -87,6 +93,8 @@ class AnyMoment(RuleBasedStateMachine):
             )
         finally:
             lmc_vllm.scheduler.open_tiers = opened
+        self.slow = SlowStores(self.one)
+        self.slow.ended = not slow
         self.odd: set[str] = set()  # answers checked, or begun with other weights
 
     @rule(
@@ -122,6 +130,10 @@ class AnyMoment(RuleBasedStateMachine):
         self.step(steps)
         self.one.copies[-1].may_load.set()
 
+    @rule()
+    def stores_end(self) -> None:
+        self.slow.let_go()
+
     @rule(verb=st.sampled_from(["probe", "read", "write"]), fault=st.sampled_from(FAULTS))
     @precondition(lambda self: self.tiers)
     def the_disk_lies(self, verb: str, fault: Fault) -> None:
@@ -148,7 +160,10 @@ class AnyMoment(RuleBasedStateMachine):
         return [name for name, (request, _) in self.one.asked.items() if not request.is_finished()]
 
     def finish_all(self) -> None:
+        slow, self.slow.ended = not self.slow.ended, True
+        self.slow.let_go()
         self.one.settle()
+        self.slow.ended = not slow
         assert not self.alive()
         self.check_answers()
 
@@ -168,6 +183,7 @@ class AnyMoment(RuleBasedStateMachine):
             if not self.one.broken:
                 self.finish_all()
         finally:
+            self.slow.end()
             self.one.close()
 
 

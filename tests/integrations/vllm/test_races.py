@@ -4,62 +4,18 @@ fail: nothing wrong is kept, nothing wrong is read, everything is given back.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
+from tests.integrations.vllm.harness import SlowStores
 
 if TYPE_CHECKING:
     from tests.integrations.vllm.harness import Engine
 
 WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
-
-
-class SlowStores:
-    """Stores that only go on while somebody waits for them, and at the `end`: the slowest copies
-    there can be. `fenced` of them were waited for.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._gates: list[threading.Event] = []
-        self.fenced = 0
-        for worker in engine.workers:
-            self._slow_down(worker.connector.worker._copier)
-
-    def _slow_down(self, copier: Any) -> None:
-        gates: list[threading.Event] = []
-        store, run = copier.store, copier._store
-
-        def slowly(transfers: Any) -> None:
-            assert gates[len(passed)].wait(30), "a store nobody waited for"
-            passed.append(True)
-            run(transfers)
-
-        def begin(transfers: Any) -> Any:
-            gate = threading.Event()
-            gates.append(gate)
-            self._gates.append(gate)
-            job = store(transfers)
-            number, wait = len(gates), job.wait
-
-            def waited() -> bool:
-                self.fenced += not job.done()
-                for earlier in gates[:number]:
-                    earlier.set()
-                return wait()
-
-            job.wait = waited
-            return job
-
-        passed: list[bool] = []
-        copier.store, copier._store = begin, slowly
-
-    def end(self) -> None:
-        for gate in self._gates:
-            gate.set()
 
 
 def grow(one: Engine, count: int = 3) -> list[str]:
