@@ -263,32 +263,8 @@ class SchedulerSide:
 
     def allocated(self, request: Any, block_ids: Sequence[list[int]], tokens: int) -> None:
         """vLLM gave blocks to `tokens` tokens of a promise; 0 after the load, or if it has none."""
-        known = self._known(request)
-        if tokens == 0:
-            self._break_promise(known)
-            if known.load is not None and known.load.landed:
-                self._end_twin(known.load)
-                known.load = None
-            return
-        promise, known.promise = known.promise, None
-        if promise is None:  # vLLM loads what nobody promised: never serve what is not there
-            self._loads.append(Load(request.request_id, None))
-            return
-        start = promise.computed
-        moves = None
-        if start + tokens == promise.length:
-            moves = self._moves_in(promise, start, block_ids)
-        load = known.load = _Load(promise.length, promise.leases)
-        self._loading[request.request_id] = load
-        self._loads.append(Load(request.request_id, moves))
-        if moves is None:
-            log.error("lmc: blocks of request %s are not what was promised", request.request_id)
-            return
-        self._announce(known, load, start)
-        for i, lane in enumerate(self.lanes):
-            known.saved[i] = max(known.saved[i], load.length // lane.layout.step_tokens)
-        self._plan_next_save(known)
-        self.stats.add("tokens.loaded", tokens)
+        with self.stats.timed("scheduler.allocate"):
+            self._allocated(request, block_ids, tokens)
 
     # --- a prefix is kept
 
@@ -543,6 +519,34 @@ class SchedulerSide:
         for ticket in known.tickets:
             ticket.close()
         known.tickets.clear()
+
+    def _allocated(self, request: Any, block_ids: Sequence[list[int]], tokens: int) -> None:
+        known = self._known(request)
+        if tokens == 0:
+            self._break_promise(known)
+            if known.load is not None and known.load.landed:
+                self._end_twin(known.load)
+                known.load = None
+            return
+        promise, known.promise = known.promise, None
+        if promise is None:  # vLLM loads what nobody promised: never serve what is not there
+            self._loads.append(Load(request.request_id, None))
+            return
+        start = promise.computed
+        moves = None
+        if start + tokens == promise.length:
+            moves = self._moves_in(promise, start, block_ids)
+        load = known.load = _Load(promise.length, promise.leases)
+        self._loading[request.request_id] = load
+        self._loads.append(Load(request.request_id, moves))
+        if moves is None:
+            log.error("lmc: blocks of request %s are not what was promised", request.request_id)
+            return
+        self._announce(known, load, start)
+        for i, lane in enumerate(self.lanes):
+            known.saved[i] = max(known.saved[i], load.length // lane.layout.step_tokens)
+        self._plan_next_save(known)
+        self.stats.add("tokens.loaded", tokens)
 
     def _moves_in(
         self, promise: _Promise, start: int, block_ids: Sequence[list[int]]
