@@ -99,6 +99,9 @@ need_tools() {
         has_header openssl/sha.h || missing+=(libssl-dev)
         [[ -f $(python_include)/Python.h ]] || missing+=(python3-dev)
     fi
+    if [[ $1 == vllm ]]; then
+        has_library libnuma.so.1 || missing+=(libnuma1)
+    fi
     if ((${#missing[@]})); then
         install_tools "${missing[@]}"
         find_python || die "no Python of at least 3.11 is here, even after installing python3" \
@@ -127,6 +130,8 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /de
 python_include() { "${PYTHON:-python3}" -c 'import sysconfig; print(sysconfig.get_path("include"))' 2> /dev/null; }
 
 has_header() { printf '#include "%s"\n' "$1" | g++ -E -x c++ - > /dev/null 2>&1; }
+
+has_library() { "${PYTHON:-python3}" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$1" 2> /dev/null; }
 
 install_tools() {
     local command="apt-get install -y --no-install-recommends $*" log=$ROOT/.venvs/apt.log
