@@ -21,7 +21,8 @@ from tests.integrations.vllm.fake import full, mamba, prompt, sliding
 
 LLAMA_3_8B = full(32, heads=8, head=128)
 """32 layers, 8 KV heads, 128 dimensions, 16 tokens a block: 2 MiB a block of all layers."""
-BYTES_A_TOKEN = 32 * 8 * 2 * 128 * 2
+SMALL = full(2, heads=8, head=128)
+"""Instead of it where nothing is measured."""
 SCHEDULER = ("arrived", "match", "allocated", "step", "finished", "update", "poll")
 WORKER = ("before_forward", "start_loads", "start_stores", "take_loads", "take_report")
 CASES = {
@@ -86,7 +87,7 @@ def bench_engine(engine: Any, specs: Any, tokens: int, ram_gb: float, **options:
     block = options.get("block", 16)
     one = engine(
         specs,
-        blocks=2 * (tokens // block) + 64,
+        blocks=(2 if len(specs) > 2 else 3) * (tokens // block) + 300,
         max_len=tokens + 1024,
         budget=tokens + 1024,
         LMC_RAM_GB=str(ram_gb),
@@ -99,6 +100,12 @@ def bench_engine(engine: Any, specs: Any, tokens: int, ram_gb: float, **options:
 
 def forget(one: Any) -> None:
     assert one.scheduler.reset_prefix_cache()
+
+
+def size(one: Any) -> int:
+    """Bytes of a token."""
+    layout = one.lmc.lanes[0].layout
+    return int(layout.page_bytes // layout.page_tokens)
 
 
 def memcpy_rate(num_bytes: int) -> float:
@@ -125,6 +132,7 @@ def memcpy_rate(num_bytes: int) -> float:
 )
 def test_own_time_of_a_request(engine, benchmark, kind, length):
     specs, options = CASES.get(kind, (full(2), {}))
+    specs = specs if benchmark.enabled or kind != "Llama-3-8B" else SMALL
     one = bench_engine(engine, specs, length, 0.7 if kind == "Llama-3-8B" else 0.5, **options)
     clocks = {"scheduler": Clock(one.lmc, SCHEDULER)}
     clocks["worker"] = Clock(one.workers[0].connector.worker, WORKER)
@@ -182,7 +190,8 @@ def test_own_time_of_a_poll_that_misses(engine, benchmark):
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC"])
 def test_rate_of_copies(engine, benchmark, layout):
-    one = bench_engine(engine, LLAMA_3_8B, 2048, 0.7, layout=layout)
+    specs = LLAMA_3_8B if benchmark.enabled else SMALL
+    one = bench_engine(engine, specs, 2048, 0.7, layout=layout)
     rates = Rates(one.copies[0])
     found: dict[str, list[float]] = {"gather": [], "scatter": []}
 
@@ -195,7 +204,7 @@ def test_rate_of_copies(engine, benchmark, layout):
             list_.append(rates.take(name))
 
     benchmark.pedantic(request, rounds=6, warmup_rounds=1)
-    plain = memcpy_rate(2048 * BYTES_A_TOKEN)
+    plain = memcpy_rate(2048 * size(one))
     for name, each in found.items():
         rate = sorted(each)[len(each) // 2]
         benchmark.extra_info[name] = round(rate, 2)
@@ -206,7 +215,7 @@ def test_rate_of_copies(engine, benchmark, layout):
 
 def test_eight_loads_at_once(engine, benchmark):
     """Eight requests of 1k tokens, 134 MB each."""
-    one = bench_engine(engine, LLAMA_3_8B, 8 * 1024, 1.3)
+    one = bench_engine(engine, LLAMA_3_8B if benchmark.enabled else SMALL, 8 * 1024, 1.3)
     prompts = [prompt(seed, 1024) for seed in range(8)]
     one.run(prompts)
     clock = Clock(one.lmc, SCHEDULER)
@@ -224,7 +233,7 @@ def test_eight_loads_at_once(engine, benchmark):
 
     benchmark.pedantic(load, rounds=5, warmup_rounds=1)
     wall, own = sorted(rows)[len(rows) // 2]
-    gigabytes = 8 * 1024 * BYTES_A_TOKEN / 1e9
+    gigabytes = 8 * 1024 * size(one) / 1e9
     print(
         f"\n8 loads at once: {1e3 * wall:.0f} ms, {gigabytes / wall:.2f} GB/s; "
         f"{1e3 * own / 8:.3f} ms a request on the scheduler's side"
