@@ -156,9 +156,8 @@ def test_own_time_of_a_request(engine, benchmark, kind, length):
             median = sorted((row[side] for row in taken), key=lambda c: c.total())[len(taken) // 2]
             parts = ", ".join(f"{part} {1e3 * s:.3f}" for part, s in median.most_common())
             benchmark.extra_info[f"{name} {side}"] = round(1e3 * median.total(), 3)
-            print(
-                f"\n{kind}, {length} tokens, {name}, {side}: {1e3 * median.total():.3f} ms ({parts})"
-            )
+            total = f"{1e3 * median.total():.3f} ms"
+            print(f"\n{kind}, {length} tokens, {name}, {side}: {total} ({parts})")
 
 
 def test_own_time_of_a_repeated_poll(engine, benchmark):
