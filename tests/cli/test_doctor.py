@@ -15,7 +15,7 @@ import pytest
 
 from lmc import cpu
 from lmc.__main__ import main
-from lmc.cli import doctor, try_tier
+from lmc.cli import doctor, machine, try_tier
 from lmc.config import _SETTINGS, Config
 from lmc.testing import MemoryTier
 
@@ -37,13 +37,17 @@ sys.exit(main(["doctor"]))
 """
 
 
+ENGINES = (doctor.SGLANG, doctor.VLLM)
+
+
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings, no engine (asking one takes half a minute), memory enough, huge pages."""
     for var in [var for var in os.environ if var.startswith("LMC_")]:
         monkeypatch.delenv(var)
-    found = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "sglang" else found(name))
+    engines = {package for engine in ENGINES for package in engine.packages}
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name in engines else real(name))
     monkeypatch.setattr(doctor, "HUGE_PAGES", Path("/dev/null"))
 
 
@@ -245,9 +249,6 @@ def test_without_the_native_library_torch_does(monkeypatch: pytest.MonkeyPatch) 
     assert doctor.check_native(Config(kernels="cpu")).state == "bad"
 
 
-ENGINES = (doctor.SGLANG, doctor.VLLM)
-
-
 @pytest.fixture
 def fake_adapter(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     """An environment whose adapters' `compat` is what a test says."""
@@ -316,8 +317,8 @@ def test_what_the_compiler_lacks_is_named(
 def test_the_real_engine_is_as_lmc_knows_it(engine: doctor.Engine) -> None:
     pytest.importorskip(engine.name)
     env = {name: value for name, value in os.environ.items() if not name.startswith("LMC_")}
-    version = doctor.first_installed(engine.packages)
-    assert version is not None
+    packages = filter(None, map(machine.installed, engine.packages))
+    version = next(packages)
     assert doctor.check_compat(engine, version, env).state == "ok"
     assert doctor.check_entry_point(engine).state == "ok"
     if engine is doctor.SGLANG:
