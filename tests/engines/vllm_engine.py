@@ -10,11 +10,13 @@ So an engine has its own environment, ends like a user's script ends, and leaves
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,8 @@ class VllmEngine:
 
     def __init__(self, model: Path, log: Path, *, lmc: bool = True, **options: Any) -> None:
         environment = {name: options.pop(name) for name in list(options) if name.isupper()}
-        environment["TMPDIR"] = str(log.parent)
+        compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        environment |= {"TMPDIR": str(log.parent), "TORCHINDUCTOR_CACHE_DIR": compiled}
         kept = {k: v for k, v in os.environ.items() if not k.startswith("LMC_")}
         self.options = {"model": str(model), **OPTIONS, **(LMC if lmc else {}), **options}
         self.log = log
