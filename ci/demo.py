@@ -316,11 +316,11 @@ def print_table(report: dict[str, Any], engine: Engine) -> None:
     print(f"\n{report['model']} on {report['machine']['cores']} cores, ", end="")
     print(f"{report['prompt_tokens']} tokens, pages of {report['page_size']}, ", end="")
     print(f"median of {report['repeats']} texts\n")
-    print(f"{'run':<15}{'what':<38}{'first token':>12}{'against cold':>14}{'from cache':>12}")
+    print(f"{'run':<15}{'what':<41}{'first token':>12}{'against cold':>14}{'from cache':>12}")
     for run in report["runs"]:
         factor = f"{cold_s / run['ttft_s']:.1f}x"
         what = WHAT[run["name"]].format(engine.title)
-        print(f"{run['name']:<15}{what:<38}{run['ttft_s']:>10.3f} s", end="")
+        print(f"{run['name']:<15}{what:<41}{run['ttft_s']:>10.3f} s", end="")
         print(f"{factor:>14}{run['cached_tokens']:>12}")
     same = "the same" if report["identical_tokens"] else "DIFFERENT"
     print(f"\nlmc on {engine.title}'s scheduler thread: {engine.own_time(report['lmc']['first'])}")
