@@ -144,3 +144,9 @@ def local_cache_is_empty(kv_cache_manager: Any) -> bool:
     """Whether vLLM's own prefix cache holds nothing."""
     num_blocks: int = len(kv_cache_manager.block_pool.cached_block_hash_to_block)
     return num_blocks == 0
+
+
+def free_blocks(kv_cache_manager: Any) -> int:
+    """Blocks that vLLM can give away."""
+    free: int = kv_cache_manager.block_pool.get_num_free_blocks()
+    return free

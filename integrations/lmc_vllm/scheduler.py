@@ -46,6 +46,8 @@ CLOSE_DRAIN_S = 4.0
 WAIT_FOR_TWIN_S = 2.0
 """Longest wait for a load of the same blocks that another request began."""
 NEWS_S = 1.0
+STATE_BLOCKS = 3
+"""Blocks of a recurrent state that vLLM gives a request at once, at most."""
 MAX_LOOKS = 256
 """Lengths tried for groups that need the end of a prefix only."""
 
@@ -145,6 +147,7 @@ class SchedulerSide:
         self._early: list[Store] = []
         self._loads: list[Load] = []
         self._loading: dict[str, _Load] = {}  # by request: until all workers have it
+        self._holding: dict[str, _Request] = {}  # those with blocks of a load, until they run
         self._void: list[str] = []  # requests whose loads came too late
         self._coming: dict[Key, _Load] = {}  # by the ends of what loads bring
         self._told: dict[str, float] = {}
@@ -243,6 +246,8 @@ class SchedulerSide:
             self._forgive(known)
             promise = known.promise
             if promise is not None and promise.start <= computed < promise.length:
+                if not self._leaves_room(known, promise.length):
+                    return None, False
                 promise.computed = computed
                 return promise.length - computed, True
             self._break_promise(known)
@@ -256,6 +261,8 @@ class SchedulerSide:
                 self._close_tickets(known)
                 return 0, False
             if self._twin_brings(known, length, computed):
+                return None, False
+            if not self._leaves_room(known, length):
                 return None, False
             known.promise = self._pin(known, computed, length)
             self._close_tickets(known)
@@ -288,6 +295,7 @@ class SchedulerSide:
     def finished(self, request: Any, block_ids: Sequence[list[int]]) -> None:
         """The request is over and its blocks are about to be freed: keep what is not kept yet."""
         known = self._requests.pop(request.request_id, None)
+        self._holding.pop(request.request_id, None)
         if known is None:
             return
         with self.stats.timed("scheduler.finish"):
@@ -329,6 +337,7 @@ class SchedulerSide:
                     lease.release()
             if request_id in failed:
                 self.stats.add("load.failed")
+                self._holding.pop(request_id, None)
                 if load is not None:
                     self._end_twin(load)
                 if (known := self._requests.get(request_id)) is not None:
@@ -524,6 +533,7 @@ class SchedulerSide:
         known = self._known(request)
         if tokens == 0:
             self._break_promise(known)
+            self._holding.pop(request.request_id, None)
             if known.load is not None and known.load.landed:
                 self._end_twin(known.load)
                 known.load = None
@@ -538,6 +548,7 @@ class SchedulerSide:
             moves = self._moves_in(promise, start, block_ids)
         load = known.load = _Load(promise.length, promise.leases)
         self._loading[request.request_id] = load
+        self._holding[request.request_id] = known
         self._loads.append(Load(request.request_id, moves))
         if moves is None:
             log.error("lmc: blocks of request %s are not what was promised", request.request_id)
@@ -569,6 +580,35 @@ class SchedulerSide:
                 return None
             moves.append(Move(lane.group.id, ids, runs))
         return moves
+
+    def _leaves_room(self, known: _Request, length: int) -> bool:
+        """Whether blocks for a load leave those that requests with a load need to go on. For groups
+        that keep the end of a prefix only vLLM counts too few; then requests hold what each other
+        waits for, and none of them ends.
+        """
+        others = [other for other in self._holding.values() if other is not known]
+        if not others or all(lane.group.kind is Kind.FULL for lane in self.lanes):
+            return True
+        needed = self._blocks_to_go_on(known, length)
+        for lane in self.lanes:
+            needed += length // lane.group.block_tokens - lane.group.first_block(length)
+        for other in others:
+            if other.load is not None:
+                needed += self._blocks_to_go_on(other, other.load.length)
+        return needed <= compat.free_blocks(self.kv_cache_manager)
+
+    def _blocks_to_go_on(self, known: _Request, length: int) -> int:
+        """Blocks that vLLM wants free to compute what follows `length` tokens, at most."""
+        blocks = 0
+        for lane in self.lanes:
+            block = lane.group.block_tokens
+            left = -(-known.request.num_tokens // block) - length // block
+            if lane.group.kind is Kind.STATE:
+                left = min(left, STATE_BLOCKS)
+            elif lane.group.kind is not Kind.FULL:
+                left = min(left, self._vllm_config.max_in_flight_tokens // block + 2)
+            blocks += left
+        return blocks
 
     # --- inside: loads of the same blocks
 

@@ -277,6 +277,31 @@ def test_a_promise_is_broken_when_its_request_goes(engine):
     one.finish(busy)
 
 
+@pytest.mark.parametrize("blocks", range(59, 65))
+@pytest.mark.parametrize("own", [111, 140])
+def test_loads_leave_each_other_the_blocks_to_go_on(engine, blocks, own):
+    """vLLM would give all its blocks to two loads, each of which needs more of them to end."""
+    one = engine(sliding(2, 100), blocks=blocks, max_len=500, budget=150)
+    one.run([prompt(1, 208)])
+    one.run([prompt(2, 320)])
+    one.again([prompt(1, 208) + prompt(3, own), prompt(2, 320) + prompt(4, 2)])
+
+
+@pytest.mark.parametrize("kind", ["windows", "states"])
+def test_loads_wait_for_each_other_only_where_blocks_are_few(engine, kind):
+    states = {"block": 64, "mamba_mode": "align"}
+    specs, options = {"windows": (sliding(2, 100), {}), "states": (mamba(2, "align"), states)}[kind]
+    one = engine(specs, blocks=300 if kind == "windows" else 60, **options)
+    prompts = [prompt(seed, 500) for seed in range(4)]
+    one.run(prompts)
+    one.forget()
+    one.copies[0].may_load.clear()
+    names = [one.ask(ids) for ids in prompts]
+    one.until(lambda: all(one.status(name) == WAITING for name in names), 1)
+    one.copies[0].may_load.set()
+    one.finish(*names)
+
+
 def test_an_engine_that_ends_in_the_middle_gives_everything_back(engine):
     """Stores, loads, promises and waiting requests under way: no lease is forgotten."""
     one = engine(blocks=60, max_len=800)
