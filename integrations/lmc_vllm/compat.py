@@ -7,11 +7,15 @@ of a request.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import logging
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 log = logging.getLogger("lmc")
 
@@ -42,6 +46,13 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.core.sched.output.KVConnectorBlockState.get_block_ids": ("self", "req_id"),
     "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": None,
     "vllm.v1.core.kv_cache_utils.get_none_hash_seed": (),
+    "vllm.v1.engine.core.EngineCore.collective_rpc": (
+        "self",
+        "method",
+        "timeout",
+        "args",
+        "kwargs",
+    ),
 }
 """What is overridden or called, with the parameters it must have (None: any)."""
 
@@ -138,6 +149,39 @@ def attention_of(vllm_config: Any, layer_name: str) -> str:
     name = backend.get_name() if backend is not None else type(layer).__name__
     isa = getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None)
     return f"{name}:{isa}"
+
+
+_READS_WEIGHTS = ("compute_", "get_", "check_", "save_", "init_")
+
+
+def changes_weights(method: Any) -> bool:
+    """Whether a call to all workers changes weights in place, by its name: reload_weights,
+    update_weights, finish_weight_update, and what extensions of workers call theirs.
+    """
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    return "weight" in name and not name.startswith(_READS_WEIGHTS)
+
+
+def watch_weights(changed: Callable[[Any], None]) -> None:
+    """Call `changed(the engine's connector)` after every call to all workers that changes weights:
+    vLLM tells connectors only where its user asks for `reset_connector`. Once a process.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    inner = EngineCore.collective_rpc
+    if getattr(inner, "_lmc_watches", False):
+        return
+
+    @functools.wraps(inner)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(self, method, *args, **kwargs)
+        finally:
+            if changes_weights(method):
+                changed(self.scheduler.get_kv_connector())
+
+    collective_rpc._lmc_watches = True  # type: ignore[attr-defined]
+    EngineCore.collective_rpc = collective_rpc
 
 
 def local_cache_is_empty(kv_cache_manager: Any) -> bool:

@@ -53,6 +53,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
+            compat.watch_weights(_weights_changed)
             self.scheduler = SchedulerSide(vllm_config, kv_cache_config, groups, self._config)
         else:
             self.worker = WorkerSide(vllm_config, kv_cache_config, groups)
@@ -212,6 +213,14 @@ def _config_of(vllm_config: Any) -> Config:
     parallel = vllm_config.parallel_config
     replicas = max(1, int(getattr(parallel, "data_parallel_size_local", 1)))
     return dataclasses.replace(config, ram_bytes=ram_bytes * replicas)
+
+
+def _weights_changed(connector: Any) -> None:
+    """Nothing that an engine's connector, or those it is made of, keeps is found again."""
+    if isinstance(connector, LMCConnector):
+        connector.reset_cache()
+    for part in getattr(connector, "sub_connectors", ()):
+        _weights_changed(part)
 
 
 def _refuse_topologies(vllm_config: Any) -> None:
