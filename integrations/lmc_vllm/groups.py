@@ -75,15 +75,27 @@ class Group:
 
 def groups_of(kv_cache_config: Any, chunk_tokens: int) -> tuple[Group, ...]:
     """The groups of an engine. Raises ValueError naming what lmc does not serve."""
+    from vllm.v1 import kv_cache_interface as kv
+
     groups = []
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         if group.is_eagle_group:
             raise ValueError(_refusal("the KV of a draft model (EAGLE, MTP)", group))
         if not group.enable_kv_transfer or group.host_resident or group.role.value != "default":
             raise ValueError(_refusal(f"KV of the role {group.role.value}", group))
+        specs = kv.iter_layer_specs(group.kv_cache_spec)
+        if any(getattr(spec, "non_causal", False) for spec in specs):
+            raise ValueError(_refusal("KV that hangs on later tokens too (non-causal)", group))
         groups.append(_group(number, group, chunk_tokens))
     if not groups:
         raise ValueError("lmc has nothing to keep: this model has no KV cache")
+    sizes = {group.block_tokens for group in groups}
+    if len(sizes) > 1 and any(group.offered for group in groups):
+        # What vLLM hands over is then not always the state at the boundary it names.
+        raise ValueError(
+            f"lmc does not serve recurrent states in mamba_cache_mode 'align' beside blocks of "
+            f"another size ({', '.join(map(str, sorted(sizes)))} tokens)"
+        )
     return tuple(groups)
 
 

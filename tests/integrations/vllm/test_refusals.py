@@ -52,6 +52,15 @@ def test_kv_that_is_not_to_be_moved_is_refused(more):
         groups_of(config(FULL, **more), 256)
 
 
+def test_states_handed_over_beside_blocks_of_another_size_are_refused():
+    states, attention = mamba(2, "align", block=64), full(1, block=16)
+    layers = {**{name: states[name] for name in list(states)[:1]}, **attention}
+    groups = [kv.KVCacheGroupSpec([name], spec) for name, spec in layers.items()]
+    config = kv.KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=groups)
+    with pytest.raises(ValueError, match="another size \\(16, 64 tokens\\)"):
+        groups_of(config, 256)
+
+
 def test_a_model_without_kv_is_refused():
     with pytest.raises(ValueError, match="no KV cache"):
         groups_of(kv.KVCacheConfig(1, [], []), 256)
