@@ -110,7 +110,8 @@ class Adapters:
 
     def mark(self, lora: Any) -> tuple[bytes, bool]:
         """Bytes to fold into an adapter's keys, and whether other processes know them too."""
-        if lora.load_inplace:  # other weights under the same name and path
+        if lora.load_inplace:  # other weights under the same name and path, from now on
+            self._marks = {k: mark for k, mark in self._marks.items() if k[0] != lora.lora_int_id}
             return os.urandom(32), False
         known = (lora.lora_int_id, lora.lora_path)
         if known not in self._marks:
