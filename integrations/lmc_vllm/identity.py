@@ -75,6 +75,8 @@ def namespaces_of(
         "calculate_kv_scales": str(getattr(cache, "calculate_kv_scales", False)),
         "ranks": f"{parallel.pipeline_parallel_size}x{parallel.tensor_parallel_size}",
         "workers": repr([sorted(worker.fields.items()) for worker in workers]),
+        "rope": _rope(model),
+        "media": _media(model),
         "salt": config.salt,
     }
     namespaces = [
@@ -90,14 +92,49 @@ def namespaces_of(
         )
         for group, layout in zip(groups, layouts, strict=True)
     ]
-    if weights:
+    if not weights:
+        log.warning(
+            "lmc cannot tell the weights of %s apart from others: chunks stay in this process. "
+            "LMC_MODEL_VERSION=<name of the weights> lets them outlive it",
+            model.model,
+        )
+    elif _media_are_numbered(model, cache):
+        log.warning(
+            "lmc: vLLM does not look at images and the like without prefix caching and "
+            "mm_processor_cache_gb: chunks stay in this process"
+        )
+    else:
         return namespaces
-    log.warning(
-        "lmc cannot tell the weights of %s apart from others: chunks stay in this process. "
-        "LMC_MODEL_VERSION=<name of the weights> lets them outlive it",
-        model.model,
-    )
     return [namespace.next_generation() for namespace in namespaces]
+
+
+def _rope(model: Any) -> str:
+    """Beyond the model's own configuration: LongRoPE picks its factors by max_model_len."""
+    text = model.hf_text_config
+    rope = repr((getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)))
+    return f"{rope};{model.max_model_len}" if "longrope" in rope else ""
+
+
+def _media(model: Any) -> str:
+    """How media become tokens and embeddings, apart from what a request says: vLLM's hashes of
+    media leave that out.
+    """
+    names = (
+        "mm_processor_kwargs",
+        "media_io_kwargs",
+        "video_pruning_rate",
+        "mm_encoder_attn_dtype",
+        "mm_encoder_fp8_scale_path",
+        "mm_device_do_normalize",
+    )
+    media = model.multimodal_config
+    return repr([getattr(media, name, None) for name in names]) if media is not None else ""
+
+
+def _media_are_numbered(model: Any, cache: Any) -> bool:
+    """Whether vLLM calls media by their number in this process, not by their content."""
+    media = model.multimodal_config
+    return media is not None and not media.mm_processor_cache_gb and not cache.enable_prefix_caching
 
 
 class Adapters:
