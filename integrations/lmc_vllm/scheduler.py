@@ -82,6 +82,7 @@ class _Load:
     leases: list[ReadLease]
     ends: list[Key] = field(default_factory=list)
     landed: bool = False
+    void: bool = False  # of weights that are no more
 
 
 @dataclass(slots=True)
@@ -335,6 +336,9 @@ class SchedulerSide:
                 load.landed = True
                 for lease in load.leases:
                     lease.release()
+                if load.void and request_id not in failed:  # the workers said so before they knew
+                    self._begin_again(request_id)
+                    failed = {*failed, request_id}
             if request_id in failed:
                 self.stats.add("load.failed")
                 self._holding.pop(request_id, None)
@@ -367,6 +371,8 @@ class SchedulerSide:
             lane.store.renew()
         self._coming.clear()
         self._void += self._loading
+        for load in self._loading.values():
+            load.void = True
         self._stale_cache = self._vllm_holds_old_kv()
         return True
 
@@ -808,6 +814,14 @@ class SchedulerSide:
         return not compat.local_cache_is_empty(self.kv_cache_manager) or any(
             known.stale and known.request.num_computed_tokens for known in self._requests.values()
         )
+
+    def _begin_again(self, request_id: str) -> None:
+        """Have vLLM compute a request whose load it is about to hear the end of: what it does
+        itself where a load failed.
+        """
+        if (known := self._requests.get(request_id)) is not None:
+            known.request.num_computed_tokens = 0
+            self.kv_cache_manager.free(known.request)
 
     def _forgive(self, known: _Request) -> None:
         """A request that begins, or begins again, on a cache that holds nothing old is as good as
