@@ -210,6 +210,16 @@ class SchedulerSide:
             lane.store.warm()
         self._log_start(layouts)
 
+    def _connect_late(self, workers: dict[tuple[int, int], Registered]) -> None:
+        """`connect` while requests run: what is wrong must not end them."""
+        try:
+            self.connect(workers)
+        except ValueError as error:
+            log.warning("lmc keeps nothing: %s", error)
+            for lane in self.lanes:
+                lane.store.close(0.0)
+            self.lanes.clear()
+
     def _shares(self, layouts: Sequence[KVLayout]) -> list[int]:
         """RAM of each group, so that all of them hold about as many tokens."""
         parallel = self._vllm_config.parallel_config
@@ -328,7 +338,7 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, Report):
             if not self.lanes and len(report.registered) == self._num_workers:
-                self.connect(report.registered)
+                self._connect_late(report.registered)
             self._apply(report)
         failed = output.failed_recving or ()
         for request_id in output.finished_recving or ():
@@ -745,7 +755,7 @@ class SchedulerSide:
         """Store the states that vLLM hands over, each at a boundary it names."""
         for request_id, offers in getattr(state, "boundary_state_offloads", {}).items():
             known = self._requests.get(request_id)
-            if known is None or known.stale or self._stale_cache:
+            if known is None or known.stale or self._stale_cache or not self.lanes:
                 continue
             moves = []
             for group_id, block_id, tokens in offers:
