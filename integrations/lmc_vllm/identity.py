@@ -5,6 +5,7 @@ adapters.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -71,6 +72,7 @@ def namespaces_of(
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "hf_overrides": repr(model.hf_overrides),
+        "hf_config": _digest_of(model.hf_config),
         "cache_dtype": str(cache.cache_dtype),
         "calculate_kv_scales": str(getattr(cache, "calculate_kv_scales", False)),
         "ranks": f"{parallel.pipeline_parallel_size}x{parallel.tensor_parallel_size}",
@@ -87,10 +89,11 @@ def namespaces_of(
                 "kind": group.kind.value,
                 "blocks": group.describes,
                 "layers": ",".join(group.layer_names),
+                "stages": repr([len(worker.page_bytes[i]) for worker in workers]),
                 **layout.describe(),
             }
         )
-        for group, layout in zip(groups, layouts, strict=True)
+        for i, (group, layout) in enumerate(zip(groups, layouts, strict=True))
     ]
     if not weights:
         log.warning(
@@ -135,6 +138,15 @@ def _media_are_numbered(model: Any, cache: Any) -> bool:
     """Whether vLLM calls media by their number in this process, not by their content."""
     media = model.multimodal_config
     return media is not None and not media.mm_processor_cache_gb and not cache.enable_prefix_caching
+
+
+def _digest_of(hf_config: Any) -> str:
+    """The configuration in force, wherever vLLM took it from; not where it lay."""
+    fields = hf_config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        fields.pop(name, None)
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Adapters:

@@ -115,6 +115,8 @@ class Options:
             }
         ).create_engine_config()
         config.cache_config.block_size = self.block
+        # vLLM's CPU platform switches it off; the scheduler it stands for knows no platform
+        config.scheduler_config.async_scheduling = self.overlap and self.pp == 1
         if self.mamba_mode:
             config.cache_config.mamba_cache_mode = self.mamba_mode
         if self.configure:

@@ -1,0 +1,144 @@
+"""What changes KV without changing tokens or the model's name: each is told apart, or refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+from vllm.config import MultiModalConfig
+from vllm.lora.request import LoRARequest
+from vllm.v1.request import RequestStatus
+
+import lmc_vllm.connector
+from tests.integrations.vllm.fake import full, mamba, prompt, sliding
+
+STATES = {"specs": mamba(4, "align"), "block": 64, "mamba_mode": "align"}
+
+
+def adapter(folder, weights: bytes, **more) -> LoRARequest:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return LoRARequest("an adapter", 1, str(folder), **more)
+
+
+def names(engine) -> list:
+    return [lane.store.namespace for lane in engine.lmc.lanes]
+
+
+def test_kv_that_hangs_on_later_tokens_is_refused(engine):
+    specs = {name: replace(spec, non_causal=True) for name, spec in full(2).items()}
+    with pytest.raises(ValueError, match="lmc"):
+        engine(specs)
+
+
+def test_an_adapter_changed_in_place_is_another_one_for_plain_requests_too(engine, tmp_path):
+    one, ids, place = engine(loras=True), prompt(1, 300), tmp_path / "a"
+    one.run([ids], lora_request=adapter(place, b"weights"))
+    one.again([ids], lora_request=adapter(place, b"others!", load_inplace=True))
+    assert one.again([ids], lora_request=adapter(place, b"others!")) == [300]
+
+
+@pytest.mark.parametrize("method", ["reload_weights", "update_weights"])
+def test_weights_changed_by_a_call_begin_a_generation(engine, method, monkeypatch):
+    one = engine()
+    monkeypatch.setattr(type(one.core.model_executor), "collective_rpc", lambda *_, **__: [None])
+    one.run([prompt(1, 300)])
+    one.core.collective_rpc("compute_weight_checksums")
+    assert one.again([prompt(1, 300)]) == [12]
+    one.core.collective_rpc(method)
+    one.weights += 1
+    assert one.again([prompt(1, 300)]) == [300]
+    assert one.again([prompt(1, 300)]) == [12]
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        {},
+        {"specs": sliding(4, 100), "blocks": 300},
+        STATES,
+        {"pp": 2, "overlap": False},
+        {"caching": False},
+    ],
+    ids=["full", "windows", "states", "stages", "no cache"],
+)
+def test_a_load_reported_before_weights_changed_is_computed_again(engine, world):
+    one = engine(**({"overlap": True, "late": "all"} | world))
+    one.run([prompt(1, 300)])
+    if world.get("caching", True):
+        one.forget()
+    for copies in one.copies:
+        copies.may_load.clear()
+    busy = one.ask(prompt(2, 40), 200)
+    one.until(lambda: len(one.said[busy]) > 3)
+    name = one.ask(prompt(1, 300))
+    one.until(lambda: one.status(name) == RequestStatus.WAITING_FOR_REMOTE_KVS)
+    one.step()
+    one.step()
+    for copies in one.copies:
+        copies.may_load.set()
+    sides = [worker.connector.worker for worker in one.workers]
+    deadline = time.monotonic() + 20
+    while not all(job.done() for side in sides for job in side._loads.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    executor = one.core.model_executor
+    for worker in one.workers:  # they report it; the scheduler has not seen that step's result
+        executor._drain(worker, executor.steps)
+    one.weights += 1
+    one.scheduler.reset_prefix_cache(reset_connector=True)
+    one.abort(busy)
+    one.finish(name)
+    assert one.computed[name] == 300
+
+
+def test_the_length_longrope_goes_by_is_in_the_name(engine):
+    def longrope(config) -> None:
+        config.model_config.hf_text_config.rope_parameters = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 1024,
+        }
+
+    short, long = (engine(configure=longrope, max_len=length) for length in (1000, 2000))
+    assert names(short) != names(long)
+    assert names(engine(max_len=1000)) == names(engine(max_len=2000))
+
+
+def test_the_configuration_in_force_is_in_the_name(engine):
+    def other_rope(config) -> None:
+        config.model_config.hf_config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0}
+
+    assert names(engine(configure=other_rope)) != names(engine())
+
+
+def test_how_media_are_prepared_is_in_the_name(engine):
+    def media(cache_gb: float, **options):
+        def configure(config) -> None:
+            made = MultiModalConfig(mm_processor_cache_gb=cache_gb, mm_processor_kwargs=options)
+            config.model_config.multimodal_config = made
+
+        return configure
+
+    small, large = (names(engine(configure=media(4, max_pixels=n))) for n in (1, 2))
+    assert small != large
+    assert not small[0].private
+    assert names(engine(configure=media(0), caching=False))[0].private, "media are only numbered"
+    assert not names(engine(configure=media(0), caching=True))[0].private
+
+
+def test_the_harness_really_plans_a_step_before_the_last_one_is_over(engine):
+    assert engine(overlap=True).core.batch_queue is not None
+    assert engine().core.batch_queue is None
+
+
+@pytest.mark.parametrize("ram_bytes", [100_000_000, 1000])
+@pytest.mark.parametrize("world", [{}, STATES], ids=["full", "states"])
+def test_a_start_with_the_first_step_ends_no_request(engine, world, ram_bytes, monkeypatch):
+    """As beside another connector, whose handshake vLLM hands on instead of ours."""
+    hook = "set_xfer_handshake_metadata_pp_aware"
+    monkeypatch.setattr(lmc_vllm.connector.LMCConnector, hook, lambda *_: None)
+    one = engine(extra={"ram_bytes": ram_bytes}, **world)
+    one.run([prompt(1, 300)], 3)
+    one.run([prompt(2, 300)], 3)
+    one.again([prompt(2, 300)])
