@@ -45,7 +45,10 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     f"{_SCHEDULER}._update_waiting_for_remote_kv": None,
     "vllm.v1.core.sched.output.KVConnectorBlockState.get_block_ids": ("self", "req_id"),
     "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": None,
-    "vllm.v1.core.kv_cache_utils.get_none_hash_seed": (),
+    "vllm.v1.core.kv_cache_utils.resolve_none_hash_seed": ("hash_fn",),
+    "vllm.utils.hashing.get_hash_fn_by_name": None,
+    "vllm.v1.core.block_pool.BlockPool.get_num_free_blocks": ("self",),
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.free": ("self", "request"),
     "vllm.v1.engine.core.EngineCore.collective_rpc": (
         "self",
         "method",
@@ -118,12 +121,12 @@ def vllm_version() -> str:
     return "of unknown version"
 
 
-def block_sizes(kv_cache_config: Any, vllm_config: Any) -> tuple[int, int]:
-    """Tokens at whose multiples vLLM's own hits end, and tokens a block hash covers."""
+def hash_tokens(kv_cache_config: Any, vllm_config: Any) -> int:
+    """Tokens a block hash covers."""
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    scheduler, hashed = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
-    return int(scheduler), int(hashed)
+    _, hashed = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    return int(hashed)
 
 
 def hashing(vllm_config: Any) -> str:

@@ -125,7 +125,7 @@ class SchedulerSide:
         self, vllm_config: Any, kv_cache_config: Any, groups: Sequence[Group], config: Config
     ) -> None:
         self._vllm_config, self._config, self._groups = vllm_config, config, groups
-        self._block_tokens, self._hash_tokens = compat.block_sizes(kv_cache_config, vllm_config)
+        self._hash_tokens = compat.hash_tokens(kv_cache_config, vllm_config)
         self._unit = unit_tokens(groups)
         if self._unit % self._hash_tokens:
             raise ValueError(

@@ -1,8 +1,10 @@
 """What scheduler and workers tell each other: numbers only. A slot travels, a lease does not.
 
-worker    -> scheduler  Registered   once: what a worker's pages look like
-scheduler -> worker     Step         every step: what to copy
-worker    -> scheduler  Report       every step: which stores are over
+    worker    -> scheduler  Registered   at start: what a worker's pages look like
+    scheduler -> worker     Step         every step: what to copy
+    worker    -> scheduler  Report       when there is news: which stores are over
+
+All of it goes through vLLM's own channels.
 """
 
 from __future__ import annotations

@@ -43,11 +43,14 @@ class Arena:
         if num_slots < 1:
             raise ValueError(f"an arena needs room for at least one chunk of {chunk_bytes} bytes")
         fd = -1
-        if shared:
-            fd = os.memfd_create("lmc", os.MFD_CLOEXEC)
-            os.fchmod(fd, 0o600)
-            os.ftruncate(fd, num_slots * self.slot_size(chunk_bytes))
-        self._map_slots(fd, num_slots, chunk_bytes)
+        with contextlib.ExitStack() as undo:
+            if shared:
+                fd = os.memfd_create("lmc", os.MFD_CLOEXEC)
+                undo.callback(os.close, fd)
+                os.fchmod(fd, 0o600)
+                os.ftruncate(fd, num_slots * self.slot_size(chunk_bytes))
+            self._map_slots(fd, num_slots, chunk_bytes)
+            undo.pop_all()
         inode = os.fstat(fd).st_ino if shared else id(self)
         self.handle = ArenaHandle(os.getpid(), fd, inode, num_slots, chunk_bytes)
         _made_here[self.handle] = self

@@ -102,3 +102,17 @@ def test_a_handle_of_something_else_is_refused() -> None:
     other.close()
     with pytest.raises(OSError, match=r"No such file|gone"):
         Arena.attach(ArenaHandle(2**22 + 1, 3, 0, 1, 100))
+
+
+def test_an_arena_that_cannot_be_mapped_leaves_no_file_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        with pytest.raises(OSError, match="allocate"):
+            Arena(1, 100, shared=True)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
