@@ -9,7 +9,7 @@ from .config import Config
 
 def sglang() -> None:
     """Group `sglang.srt.plugins`: unless LMC_ENABLE asks for lmc, nothing else is imported."""
-    if Config.from_env().enable:
+    if Config.asks_for_lmc():
         importlib.import_module("lmc_sglang")
 
 

@@ -36,7 +36,7 @@ def switch_on() -> None:
     if _on:
         return
     _on = True
-    if Config.from_env().enable is False:
+    if Config.asks_for_lmc() is False:
         log.info("lmc stays off: LMC_ENABLE says so")
         return
     compat.on_resolution(page_size=_declare_page_size, linker=_declare_linker)

@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmc")
 
-EXTRA = ("ram_bytes",)
+EXTRA = ("ram_bytes", "kv_load_failure_policy")
+POLICIES = ("recompute", "fail")
 
 
 class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """See the module. `kv_connector_extra_config` may hold `ram_bytes`, RAM for one engine, which
-    goes before LMC_RAM_GB. Raises ValueError for a setting, a model or a topology lmc does not
-    serve, RuntimeError for an unknown vLLM.
+    goes before LMC_RAM_GB, and `kv_load_failure_policy`: "recompute" unless "fail" is said here,
+    for vLLM's own field is "fail" where nobody said anything. Raises ValueError for a setting, a
+    model or a topology lmc does not serve, RuntimeError for an unknown vLLM.
     """
 
     _cache_hit_source = CacheHitSource.HOST
@@ -49,6 +51,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         self._config = _config_of(vllm_config)
         _refuse_topologies(vllm_config)
+        self._kv_transfer_config.kv_load_failure_policy = _policy_of(vllm_config)
         groups = groups_of(kv_cache_config, self._config.chunk_tokens)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
@@ -213,6 +216,18 @@ def _config_of(vllm_config: Any) -> Config:
     parallel = vllm_config.parallel_config
     replicas = max(1, int(getattr(parallel, "data_parallel_size_local", 1)))
     return dataclasses.replace(config, ram_bytes=ram_bytes * replicas)
+
+
+def _policy_of(vllm_config: Any) -> str:
+    """What vLLM does with a request whose load failed; it asks once the connector stands."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    policy: str = extra.get("kv_load_failure_policy", POLICIES[0])
+    if policy not in POLICIES:
+        raise ValueError(
+            f"kv_connector_extra_config: kv_load_failure_policy={policy!r}; choices: "
+            f"{', '.join(POLICIES)}"
+        )
+    return policy
 
 
 def _weights_changed(connector: Any) -> None:

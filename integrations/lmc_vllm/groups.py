@@ -74,7 +74,9 @@ class Group:
 
 
 def groups_of(kv_cache_config: Any, chunk_tokens: int) -> tuple[Group, ...]:
-    """The groups of an engine. Raises ValueError naming what lmc does not serve."""
+    """The groups of an engine; none for a model without a KV cache. Raises ValueError naming what
+    lmc does not serve.
+    """
     from vllm.v1 import kv_cache_interface as kv
 
     groups = []
@@ -87,8 +89,6 @@ def groups_of(kv_cache_config: Any, chunk_tokens: int) -> tuple[Group, ...]:
         if any(getattr(spec, "non_causal", False) for spec in specs):
             raise ValueError(_refusal("KV that hangs on later tokens too (non-causal)", group))
         groups.append(_group(number, group, chunk_tokens))
-    if not groups:
-        raise ValueError("lmc has nothing to keep: this model has no KV cache")
     sizes = {group.block_tokens for group in groups}
     if len(sizes) > 1 and any(group.offered for group in groups):
         # What vLLM hands over is then not always the state at the boundary it names.

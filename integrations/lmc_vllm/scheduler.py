@@ -127,7 +127,7 @@ class SchedulerSide:
         self._vllm_config, self._config, self._groups = vllm_config, config, groups
         self._hash_tokens = compat.hash_tokens(kv_cache_config, vllm_config)
         self._unit = unit_tokens(groups)
-        if self._unit % self._hash_tokens:
+        if groups and self._unit % self._hash_tokens:
             raise ValueError(
                 f"lmc does not serve block hashes of {self._hash_tokens} tokens with steps of "
                 f"{self._unit}"
@@ -229,6 +229,9 @@ class SchedulerSide:
         return [int(total * cost / sum(costs)) for cost in costs]
 
     def _log_start(self, layouts: Sequence[KVLayout]) -> None:
+        if not layouts:
+            log.info("lmc stays off: this model has no KV cache")
+            return
         log.info(
             "lmc keeps the KV of %d groups: %.1f GB of RAM, tiers: %s",
             len(layouts),

@@ -19,6 +19,7 @@ log = logging.getLogger("lmc")
 BACKEND = "lmc"
 CONNECTOR = "LMCConnector"
 MODULE = "lmc_vllm.connector"
+POLICY = "kv_load_failure_policy"
 GIB = 1 << 30
 
 
@@ -42,8 +43,13 @@ def register() -> None:
 
     @functools.wraps(inner_config)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _apply(self)
-        return inner_config(self, *args, **kwargs)
+        unasked = _apply(self)
+        config = inner_config(self, *args, **kwargs)
+        if unasked and config.model_config.is_encoder_decoder:
+            log.info("lmc stays off: vLLM gives encoder-decoder models no KV connector")
+            self.kv_transfer_config = None
+            config = inner_config(self, *args, **kwargs)
+        return config
 
     @functools.wraps(inner_cli)
     def add_cli_args(parser: Any) -> Any:
@@ -58,47 +64,45 @@ def register() -> None:
     EngineArgs._lmc_registered = True
 
 
-def _apply(args: Any) -> None:
+def _apply(args: Any) -> bool:
     """Turn the name into a connector, where it is asked for: by `kv_offloading_backend`, or by
-    LMC_ENABLE=1 and nothing else said about KV transfer. LMC_ENABLE=0 wins.
+    LMC_ENABLE=1 and nothing else said about KV transfer. LMC_ENABLE=0 wins. Whether the environment
+    alone put it there.
     """
-    enable = Config.from_env().enable
+    enable = Config.asks_for_lmc()
     named = args.kv_offloading_backend == BACKEND
     if enable is False and named:
         log.info("lmc stays off: LMC_ENABLE says so")
         args.kv_offloading_backend, args.kv_offloading_size = "native", None
-        return
+        return False
     if not named:
         if not enable:
-            return
+            return False
         if args.kv_transfer_config is not None or args.kv_offloading_size is not None:
-            log.info("lmc stays off: this engine has another KV connector")
-            return
+            if getattr(args.kv_transfer_config, "kv_connector", None) != CONNECTOR:
+                log.info("lmc stays off: this engine has another KV connector")
+            return False
     args.kv_transfer_config = _transfer_config(args.kv_transfer_config, args.kv_offloading_size)
     # vLLM maps a size to one of its own connectors; without one the backend's name is idle
     args.kv_offloading_backend, args.kv_offloading_size = "native", None
+    return not named
 
 
 def _transfer_config(given: Any, size_gib: float | None) -> Any:
     from vllm.config import KVTransferConfig
 
     fields = dict(given) if isinstance(given, dict) else {}
-    other = fields.get("kv_connector") if isinstance(given, dict) else None
-    if given is not None and not isinstance(given, dict):
-        other = given.kv_connector
-    if other not in (None, CONNECTOR):
+    config = given if isinstance(given, KVTransferConfig) else KVTransferConfig(**fields)
+    if config.kv_connector not in (None, CONNECTOR):
         raise ValueError(
-            f'kv_offloading_backend="lmc" and kv_transfer_config with {other} ask for two '
-            "connectors; MultiConnector takes both"
+            f'kv_offloading_backend="lmc" and kv_transfer_config with {config.kv_connector} ask '
+            "for two connectors; MultiConnector takes both"
         )
-    fields |= {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE, "kv_role": "kv_both"}
-    fields.setdefault("kv_load_failure_policy", "recompute")
-    if isinstance(given, KVTransferConfig):  # its policy cannot be told from the default
-        config = given
-        for name, value in fields.items():
-            setattr(config, name, value)
-    else:
-        config = KVTransferConfig(**fields)
+    config.kv_connector, config.kv_connector_module_path = CONNECTOR, MODULE
+    config.kv_role = "kv_both"
+    extra = config.kv_connector_extra_config
+    if POLICY in fields:
+        extra.setdefault(POLICY, fields[POLICY])
     if size_gib is not None:
-        config.kv_connector_extra_config["ram_bytes"] = int(size_gib * GIB)
+        extra["ram_bytes"] = int(size_gib * GIB)
     return config

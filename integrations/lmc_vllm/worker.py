@@ -64,7 +64,8 @@ class WorkerSide:
 
     @property
     def _device(self) -> torch.device:
-        return next(pool.device for pool in self._pools if pool is not None)
+        pools = (pool.device for pool in self._pools if pool is not None)
+        return next(pools, torch.device("cpu"))  # a model without a KV cache has no pool
 
     def registered(self) -> Registered:
         layer_names = [name for group in self._groups for name in group.layer_names]

@@ -251,3 +251,9 @@ def test_cgroups_of_the_first_version(tmp_path: Path) -> None:
         memory__stat="inactive_file 1\nactive_file 1\ntotal_inactive_file 20\ntotal_active_file 3",
     )
     assert machine.free() == 4023
+
+
+@pytest.mark.parametrize(("text", "asked"), [("1", True), ("0", False), ("", None), (None, None)])
+def test_whether_lmc_is_asked_for_is_read_alone(text, asked):
+    env = {"LMC_RAM_GB": "plenty"} | ({} if text is None else {"LMC_ENABLE": text})
+    assert Config.asks_for_lmc(env) is asked

@@ -92,7 +92,7 @@ def engine(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             if cold:
                 patch.setattr("lmc.store.TieredStore.warm", lambda _: None)
             chosen = Options(**{"model": model_folder, **options})
-            opened.append(Engine(chosen, specs or full(4), shares))
+            opened.append(Engine(chosen, full(4) if specs is None else specs, shares))
         return opened[-1]
 
     yield build

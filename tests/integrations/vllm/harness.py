@@ -91,7 +91,6 @@ class Options:
             kv_connector="LMCConnector",
             kv_connector_module_path="lmc_vllm.connector",
             kv_role="kv_both",
-            kv_load_failure_policy="recompute",
             kv_connector_extra_config=dict(self.extra),
         )
         config = EngineArgs(

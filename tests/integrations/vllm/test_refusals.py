@@ -61,9 +61,11 @@ def test_states_handed_over_beside_blocks_of_another_size_are_refused():
         groups_of(config, 256)
 
 
-def test_a_model_without_kv_is_refused():
-    with pytest.raises(ValueError, match="no KV cache"):
-        groups_of(kv.KVCacheConfig(1, [], []), 256)
+def test_lmc_stays_off_for_a_model_without_kv(engine, caplog):
+    with caplog.at_level("INFO", logger="lmc"):
+        one = engine({}, caching=False)
+    assert "lmc stays off: this model has no KV cache" in caplog.text
+    assert one.run([prompt(1, 300)] * 2) == [300, 300]
 
 
 @pytest.mark.parametrize(

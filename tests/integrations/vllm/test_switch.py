@@ -20,9 +20,19 @@ def clean(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+class DecoderOnly:
+    is_encoder_decoder = False
+
+
+class EncoderDecoder:
+    is_encoder_decoder = True
+
+
 @pytest.fixture
 def bare(monkeypatch):
-    """`EngineArgs` as nobody has wrapped it; its engine's configuration is itself."""
+    """`EngineArgs` as nobody has wrapped it; its engine's configuration is itself, of a model that
+    is no encoder-decoder.
+    """
     config = EngineArgs.create_engine_config
     parser = EngineArgs.__dict__["add_cli_args"].__func__
     while hasattr(config, "__wrapped__"):
@@ -30,6 +40,7 @@ def bare(monkeypatch):
     while hasattr(parser, "__wrapped__"):
         parser = parser.__wrapped__
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: self)
+    monkeypatch.setattr(EngineArgs, "model_config", DecoderOnly, raising=False)
     monkeypatch.setattr(EngineArgs, "add_cli_args", staticmethod(parser))
     monkeypatch.setattr(EngineArgs, "_lmc_registered", False, raising=False)
 
@@ -49,7 +60,6 @@ class TestApply:
         config = args.kv_transfer_config
         assert (config.kv_connector, config.kv_role) == ("LMCConnector", "kv_both")
         assert config.kv_connector_module_path == "lmc_vllm.connector"
-        assert config.kv_load_failure_policy == "recompute"
         assert config.kv_connector_extra_config == {"ram_bytes": 2 << 30}
         assert (args.kv_offloading_backend, args.kv_offloading_size) == ("native", None)
 
@@ -60,6 +70,14 @@ class TestApply:
     def test_installed_and_not_enabled_nothing_changes(self, model_folder):
         args = resolve(model_folder)
         assert args.kv_transfer_config is None
+
+    def test_installed_and_not_enabled_a_bad_setting_is_nobodys_business(
+        self, model_folder, monkeypatch
+    ):
+        monkeypatch.setenv("LMC_RAM_GB", "plenty")
+        assert resolve(model_folder).kv_transfer_config is None
+        monkeypatch.setenv("LMC_ENABLE", "0")
+        assert resolve(model_folder, kv_offloading_backend="lmc").kv_transfer_config is None
 
     def test_one_in_the_environment_is_enough(self, model_folder, monkeypatch):
         monkeypatch.setenv("LMC_ENABLE", "1")
@@ -80,6 +98,17 @@ class TestApply:
         for name, value in other.items():
             assert getattr(args, name) is value
 
+    def test_one_in_the_environment_leaves_encoder_decoders_alone(
+        self, model_folder, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(EngineArgs, "model_config", EncoderDecoder)
+        monkeypatch.setenv("LMC_ENABLE", "1")
+        with caplog.at_level(logging.INFO, logger="lmc"):
+            assert resolve(model_folder).kv_transfer_config is None
+        assert "lmc stays off: vLLM gives encoder-decoder models no KV connector" in caplog.text
+        named = resolve(model_folder, kv_offloading_backend="lmc")
+        assert named.kv_transfer_config is not None  # vLLM says why it does not go
+
     def test_zero_in_the_environment_wins(self, model_folder, monkeypatch):
         monkeypatch.setenv("LMC_ENABLE", "0")
         args = resolve(model_folder, kv_offloading_backend="lmc", kv_offloading_size=2)
@@ -92,7 +121,8 @@ class TestApply:
             kv_offloading_backend="lmc",
             kv_transfer_config={"kv_load_failure_policy": "fail"},
         )
-        assert args.kv_transfer_config.kv_load_failure_policy == "fail"
+        extra = args.kv_transfer_config.kv_connector_extra_config
+        assert extra == {"kv_load_failure_policy": "fail"}
         assert args.kv_transfer_config.kv_connector == "LMCConnector"
 
     @pytest.mark.parametrize("kind", [dict, lambda **fields: KVTransferConfig(**fields)])
@@ -176,3 +206,22 @@ def test_the_name_alone_makes_an_engine_with_lmc(engine):
     assert store.arena.num_slots * store.arena.slot_bytes <= 0.05 * 2**30
     one.run([prompt(1, 300)])
     assert one.again([prompt(1, 300)]) == [12]
+
+
+@pytest.mark.parametrize(
+    ("extra", "recomputes"),
+    [
+        ({}, True),
+        ({"kv_load_failure_policy": "recompute"}, True),
+        ({"kv_load_failure_policy": "fail"}, False),
+    ],
+    ids=str,
+)
+def test_what_a_failed_load_does_to_its_request(engine, extra, recomputes):
+    """vLLM's own default is to end it."""
+    assert engine(full(2), extra=extra).scheduler.recompute_kv_load_failures is recomputes
+
+
+def test_an_unknown_policy_is_refused(engine):
+    with pytest.raises(ValueError, match="policy='retry'; choices: recompute, fail"):
+        engine(full(2), extra={"kv_load_failure_policy": "retry"})
