@@ -89,9 +89,11 @@ class WorkerSide:
         if step.places is not None:
             self._attach(step.places[self._rank])
         early = [self._store(store) for store in step.early]
-        for job in [*map(self._stores.get, step.fence), *early]:
-            if job is not None:
-                job.wait()
+        wanted = [job for job in [*map(self._stores.get, step.fence), *early] if job is not None]
+        for job in wanted:
+            self._copier.hurry(job)
+        for job in wanted:
+            job.wait()
 
     def start_loads(self, step: Step) -> None:
         self._void.update(self._loads.keys() & set(step.void))

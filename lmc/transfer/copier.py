@@ -1,6 +1,7 @@
-"""Background copies between the pool and chunks: one worker thread for stores, one for loads.
+"""Background copies between the pool and chunks: one worker thread for stores, one for loads, one
+for stores in a hurry.
 
-A load never queues behind stores. The caller's thread owns the Copier and what its jobs read; a
+A load never queues behind stores, nor does a store that somebody waits for. The caller's thread owns the Copier and what its jobs read; a
 worker owns a job from its start to its end, and the pages and chunks of a job stay valid until it
 is over. What fails in a worker travels in the Job:
 
@@ -11,6 +12,7 @@ is over. What fails in a worker travels in the Job:
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from functools import partial
 
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
@@ -21,8 +23,11 @@ __all__ = ["Copier", "Job"]
 class Job:
     """One transfer in the background. Done with `error` None means every byte arrived."""
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self, queue: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+        self._work = work
+        self._future = queue.submit(work)
+        self._calls: list[Callable[[BaseException | None], None]] = []
+        self._moving = False
 
     def done(self) -> bool:
         """Over: finished, failed or cancelled. Never waits."""
@@ -43,11 +48,24 @@ class Job:
 
     def when_done(self, call: Callable[[BaseException | None], None]) -> None:
         """Call `call(error)` once it is over: at once, or later on the worker's thread."""
-        self._future.add_done_callback(lambda _: call(self.error))
+        self._calls.append(call)
+        self._watch(call)
 
     def cancel(self) -> bool:
         """True when the job had not started and never will; False when it runs or is done."""
         return self._future.cancel()
+
+    def move_to(self, queue: ThreadPoolExecutor) -> None:
+        """Wait for its turn in another queue, unless it has begun."""
+        self._moving = True
+        if self._future.cancel():
+            self._future = queue.submit(self._work)
+            for call in self._calls:
+                self._watch(call)
+        self._moving = False
+
+    def _watch(self, call: Callable[[BaseException | None], None]) -> None:
+        self._future.add_done_callback(lambda _: None if self._moving else call(self.error))
 
 
 class Copier:
@@ -58,11 +76,16 @@ class Copier:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._stores = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
+        self._hurried = ThreadPoolExecutor(1, thread_name_prefix="lmc-hurry")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
 
     def store(self, transfers: Sequence[Transfer]) -> Job:
         """Gather pages into chunks, all planes of a pool in one call."""
-        return Job(self._stores.submit(self._store, tuple(transfers)))
+        return Job(self._stores, partial(self._store, tuple(transfers)))
+
+    def hurry(self, job: Job) -> None:
+        """Have a store overtake those that nobody waits for."""
+        job.move_to(self._hurried)
 
     def load(
         self, transfers: Sequence[Transfer], layer_done: Callable[[int], None] | None = None
@@ -70,11 +93,11 @@ class Copier:
         """Scatter chunks into pages, all planes of a pool in one call; with `layer_done`, layer by
         layer (of one pool), and after each the worker calls it.
         """
-        return Job(self._loads.submit(self._load, tuple(transfers), layer_done))
+        return Job(self._loads, partial(self._load, tuple(transfers), layer_done))
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""
-        for pool in (self._stores, self._loads):
+        for pool in (self._stores, self._hurried, self._loads):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _store(self, transfers: tuple[Transfer, ...]) -> None:

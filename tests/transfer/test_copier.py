@@ -156,6 +156,45 @@ def test_close_waits_for_what_runs_and_cancels_the_rest() -> None:
         copier.store([transfer_of(pool, torch.arange(4), chunks[0])])
 
 
+def test_a_store_in_a_hurry_waits_for_no_other_one() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(gate)
+    chunks = [Chunk(pool, 4) for _ in range(3)]
+    running, queued, last = (copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks)
+    assert gate.entered.wait(30)
+    gate.entered.clear()
+    ends: list[BaseException | None] = []
+    last.when_done(ends.append)
+    copier.hurry(running)
+    copier.hurry(last)
+    assert gate.entered.wait(30)  # at the gate, before the one that was there earlier
+    assert ends == []
+    gate.open.set()
+    assert last.wait(30)
+    assert ends == [None]
+    copier.close()
+    assert queued.done()
+    assert torch.equal(chunks[2].payload[: 4 * 96].view(4, 96), pool.planes[0][:4])
+
+
+def test_a_hurried_store_is_cancelled_as_any_other() -> None:
+    pool = pool_of_layers()
+    gate = Gate()
+    copier = Copier(gate)
+    chunks = [Chunk(pool, 4) for _ in range(3)]
+    jobs = [copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks]
+    assert gate.entered.wait(30)
+    for job in jobs:
+        copier.hurry(job)
+    ends: list[BaseException | None] = []
+    jobs[2].when_done(ends.append)
+    assert jobs[2].cancel()
+    assert [type(end) for end in ends] == [CancelledError]
+    gate.open.set()
+    copier.close()
+
+
 def test_an_error_in_the_worker_travels_in_the_job() -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 4)

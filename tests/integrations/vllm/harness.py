@@ -381,50 +381,47 @@ class Copies:
 
 
 class SlowStores:
-    """Stores that only go on while somebody waits for them, and at the `end`: the slowest copies
+    """Stores that only go on while somebody waits for each, and at the `end`: the slowest copies
     there can be. `fenced` of them were waited for.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._gates: list[threading.Event] = []
+        self._gates: list[tuple[threading.Event, Any]] = []
         self.fenced = 0
         self.ended = False
         for worker in engine.workers:
             self._slow_down(worker.connector.worker._copier)
 
     def _slow_down(self, copier: Any) -> None:
-        gates: list[threading.Event] = []
+        gates: dict[int, threading.Event] = {}
         store, run = copier.store, copier._store
 
         def slowly(transfers: Any) -> None:
-            assert gates[len(passed)].wait(10), "a store nobody waited for"
-            passed.append(True)
+            assert gates[id(transfers)].wait(10), "a store nobody waited for"
             run(transfers)
 
         def begin(transfers: Any) -> Any:
-            gate = threading.Event()
-            gates.append(gate)
-            self._gates.append(gate)
+            transfers, gate = tuple(transfers), threading.Event()
+            gates[id(transfers)] = gate
+            self._gates.append((gate, transfers))
             if self.ended:
                 gate.set()
             job = store(transfers)
-            number, wait = len(gates), job.wait
+            wait = job.wait
 
             def waited() -> bool:
                 self.fenced += not job.done()
-                for earlier in gates[:number]:
-                    earlier.set()
+                gate.set()
                 return wait()
 
             job.wait = waited
             return job
 
-        passed: list[bool] = []
         copier.store, copier._store = begin, slowly
 
     def let_go(self) -> None:
         """Those that were begun go on."""
-        for gate in self._gates:
+        for gate, _ in self._gates:
             gate.set()
 
     def end(self) -> None:
