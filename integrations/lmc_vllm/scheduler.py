@@ -203,6 +203,7 @@ class SchedulerSide:
         if not shared and len(told) == 1:
             worker = told[0].direct
             self._direct, self._close_workers = worker.take_report, worker.close
+            worker.last_stores = self._take_early
         for known in self._requests.values():
             known.saved = [0] * len(self.lanes)
             self._plan_next_save(known)
@@ -301,9 +302,9 @@ class SchedulerSide:
                     self._save_filled(known, tokens, state, stores)
             self._save_offered(state, stores)
             places, self._places = self._places, None
-            fence = self._fence(stores)
-            step = Step(places, fence, self._early, stores, self._loads, self._void)
-            self._early, self._loads, self._void = [], [], []
+            fence, early = self._fence(stores), self._take_early()
+            step = Step(places, fence, early, stores, self._loads, self._void)
+            self._loads, self._void = [], []
             return step
 
     def finished(self, request: Any, block_ids: Sequence[list[int]]) -> None:
@@ -785,6 +786,10 @@ class SchedulerSide:
             leases, known, self._num_workers, loose, preemptions, fenced=fenced
         )
         return Store(number, [move for move, _ in moves])
+
+    def _take_early(self) -> list[Store]:
+        early, self._early = self._early, []
+        return early
 
     def _fence(self, begun: Sequence[Store]) -> list[int]:
         """Stores of earlier steps whose blocks are vLLM's to give away by now."""

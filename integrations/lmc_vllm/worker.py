@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,15 @@ from .pools import pools_of
 from .wire import Load, Move, Place, Registered, Report, Step, Store, machine_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lmc.transfer import PagedPool
 
     from .groups import Group
 
 log = logging.getLogger("lmc")
+
+CLOSE_COPY_S = 2.0
 
 
 class WorkerSide:
@@ -50,6 +53,8 @@ class WorkerSide:
         self._over: Counter[int] = Counter()
         self._failed: set[int] = set()
         self._introduced = False  # whether a report said who this is
+        self.last_stores: Callable[[], Sequence[Store]] | None = None
+        """Where a scheduler in the same process has stores that no step took."""
 
     # --- start
 
@@ -135,9 +140,19 @@ class WorkerSide:
         return report
 
     def close(self) -> None:
-        """Wait for copies that run, cancel the others. May be called again."""
-        if self._copier is not None:
-            self._copier.close()
+        """Wait for copies that run, cancel the others; where the scheduler is in this process, and
+        still there to commit them, stores go on for CLOSE_COPY_S. May be called again.
+        """
+        if self._copier is None:
+            return
+        if self.last_stores is not None:
+            for store in self.last_stores():
+                self._store(store)
+            deadline = time.monotonic() + CLOSE_COPY_S
+            for job in self._stores.values():
+                job.wait(max(0.0, deadline - time.monotonic()))
+            self.last_stores = None
+        self._copier.close()
 
     # --- inside
 

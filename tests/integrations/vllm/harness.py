@@ -635,9 +635,14 @@ class Engine:
             if not self.broken and self.options.connector:
                 self.settle()
                 self.check()
-        finally:  # EngineCore.shutdown, without what it does to the process
-            self.core.model_executor.shutdown()
-            self.scheduler.shutdown()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """EngineCore.shutdown at this very moment, without what it does to the process."""
+        self.core.model_executor.shutdown()
+        self.scheduler.shutdown()
+        self.broken = True
 
 
 def _contents(folder: Path) -> list[tuple[str, bytes]]:
