@@ -69,6 +69,7 @@ ATTRIBUTES = {
         "iter_layer_specs",
     ),
     "vllm.v1.core.sched.output.KVConnectorBlockState": ("get_block_ids",),
+    "vllm.envs": ("VLLM_ENABLE_V1_MULTIPROCESSING",),
     "vllm.v1.outputs.KVConnectorOutput": ("finished_recving",),
 }
 
@@ -185,6 +186,15 @@ def watch_weights(changed: Callable[[Any], None]) -> None:
 
     collective_rpc._lmc_watches = True  # type: ignore[attr-defined]
     EngineCore.collective_rpc = collective_rpc
+
+
+def is_stepped_by_its_user() -> bool:
+    """Whether the engine runs in the user's own process (`LLM`), where nobody steps it when there
+    is nothing to answer; elsewhere a loop of its own goes on.
+    """
+    from vllm import envs
+
+    return not envs.VLLM_ENABLE_V1_MULTIPROCESSING
 
 
 def local_cache_is_empty(kv_cache_manager: Any) -> bool:

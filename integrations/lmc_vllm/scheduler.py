@@ -13,10 +13,12 @@ before they write anything else.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
 import time
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -141,6 +143,7 @@ class SchedulerSide:
         self._num_workers = int(vllm_config.parallel_config.world_size)
         self._direct: Callable[[], Report | None] | None = None
         self._close_workers: Callable[[], None] | None = None
+        self._finish_stores: Callable[[Sequence[Store]], None] | None = None
         self._adapters = Adapters()
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
@@ -203,7 +206,9 @@ class SchedulerSide:
         if not shared and len(told) == 1:
             worker = told[0].direct
             self._direct, self._close_workers = worker.take_report, worker.close
-            worker.last_stores = self._take_early
+            if compat.is_stepped_by_its_user():
+                self._finish_stores = worker.finish_stores
+                atexit.register(_land, weakref.ref(self))
         for known in self._requests.values():
             known.saved = [0] * len(self.lanes)
             self._plan_next_save(known)
@@ -302,13 +307,20 @@ class SchedulerSide:
                     self._save_filled(known, tokens, state, stores)
             self._save_offered(state, stores)
             places, self._places = self._places, None
-            fence, early = self._fence(stores), self._take_early()
-            step = Step(places, fence, early, stores, self._loads, self._void)
-            self._loads, self._void = [], []
+            fence = self._fence(stores)
+            step = Step(places, fence, self._early, stores, self._loads, self._void)
+            self._early, self._loads, self._void = [], [], []
             return step
 
     def finished(self, request: Any, block_ids: Sequence[list[int]]) -> None:
         """The request is over and its blocks are about to be freed: keep what is not kept yet."""
+        self._finished(request, block_ids)
+        if self._finish_stores is not None and not self._requests:  # there may be no step any more
+            self._finish_stores(self._early)
+            self._early = []
+            self.poll()
+
+    def _finished(self, request: Any, block_ids: Sequence[list[int]]) -> None:
         known = self._requests.pop(request.request_id, None)
         self._holding.pop(request.request_id, None)
         if known is None:
@@ -787,10 +799,6 @@ class SchedulerSide:
         )
         return Store(number, [move for move, _ in moves])
 
-    def _take_early(self) -> list[Store]:
-        early, self._early = self._early, []
-        return early
-
     def _fence(self, begun: Sequence[Store]) -> list[int]:
         """Stores of earlier steps whose blocks are vLLM's to give away by now."""
         now = {store.job for store in begun}
@@ -848,6 +856,13 @@ class SchedulerSide:
         if self._stale_cache:
             self._stale_cache = self._vllm_holds_old_kv()
         known.stale = known.stale and self._stale_cache
+
+
+def _land(side: weakref.ref[SchedulerSide]) -> None:
+    """At the end of a script: what was stored reaches its tiers."""
+    if (one := side()) is not None:
+        for lane in one.lanes:
+            lane.store.drain(CLOSE_DRAIN_S / len(one.lanes))
 
 
 def _runs_of(

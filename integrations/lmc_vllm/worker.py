@@ -26,7 +26,7 @@ from .pools import pools_of
 from .wire import Load, Move, Place, Registered, Report, Step, Store, machine_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lmc.transfer import PagedPool
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmc")
 
-CLOSE_COPY_S = 2.0
+FINISH_S = 2.0
 
 
 class WorkerSide:
@@ -53,8 +53,6 @@ class WorkerSide:
         self._over: Counter[int] = Counter()
         self._failed: set[int] = set()
         self._introduced = False  # whether a report said who this is
-        self.last_stores: Callable[[], Sequence[Store]] | None = None
-        """Where a scheduler in the same process has stores that no step took."""
 
     # --- start
 
@@ -96,6 +94,7 @@ class WorkerSide:
         early = [self._store(store) for store in step.early]
         wanted = [job for job in [*map(self._stores.get, step.fence), *early] if job is not None]
         for job in wanted:
+            assert self._copier is not None
             self._copier.hurry(job)
         for job in wanted:
             job.wait()
@@ -139,20 +138,20 @@ class WorkerSide:
         self._over, self._failed = Counter(), set()
         return report
 
-    def close(self) -> None:
-        """Wait for copies that run, cancel the others; where the scheduler is in this process, and
-        still there to commit them, stores go on for CLOSE_COPY_S. May be called again.
+    def finish_stores(self, more: Sequence[Store]) -> None:
+        """Have all stores end now, and `more` that no step will bring; waits for FINISH_S at most.
+        For a scheduler in the same process.
         """
-        if self._copier is None:
-            return
-        if self.last_stores is not None:
-            for store in self.last_stores():
-                self._store(store)
-            deadline = time.monotonic() + CLOSE_COPY_S
-            for job in self._stores.values():
-                job.wait(max(0.0, deadline - time.monotonic()))
-            self.last_stores = None
-        self._copier.close()
+        for store in more:
+            self._store(store)
+        deadline = time.monotonic() + FINISH_S
+        for job in self._stores.values():
+            job.wait(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Wait for copies that run, cancel the others. May be called again."""
+        if self._copier is not None:
+            self._copier.close()
 
     # --- inside
 

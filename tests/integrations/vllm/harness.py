@@ -635,14 +635,9 @@ class Engine:
             if not self.broken and self.options.connector:
                 self.settle()
                 self.check()
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        """EngineCore.shutdown at this very moment, without what it does to the process."""
-        self.core.model_executor.shutdown()
-        self.scheduler.shutdown()
-        self.broken = True
+        finally:  # EngineCore.shutdown, without what it does to the process
+            self.core.model_executor.shutdown()
+            self.scheduler.shutdown()
 
 
 def _contents(folder: Path) -> list[tuple[str, bytes]]:

@@ -4,12 +4,13 @@ fail: nothing wrong is kept, nothing wrong is read, everything is given back.
 
 from __future__ import annotations
 
-import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from vllm.v1.request import RequestStatus
 
+from lmc_vllm.scheduler import _land
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
 from tests.integrations.vllm.harness import SlowStores
 
@@ -331,26 +332,27 @@ def test_more_than_ram_holds_is_kept_in_part(engine):
 
 
 @pytest.mark.parametrize("specs", [full(4), sliding(4, 100)], ids=["full", "windows"])
-def test_what_no_step_took_is_kept_when_the_engine_ends(engine, specs, tmp_path):
-    """As a script ends: nobody steps an engine in the script's own process any more."""
+def test_a_script_that_ends_leaves_nothing_unstored(engine, specs, tmp_path, monkeypatch):
+    """Nobody steps an engine in the user's own process once there is nothing to answer."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     tiers = {"LMC_TIERS": f"file://{tmp_path}"}
     one = engine(specs, blocks=300, **tiers)
     names = [one.ask(prompt(seed, 330), 40) for seed in range(2)]
     one.finish(*names)
-    assert one.lmc._early
-    one.end()
+    assert one.lmc._savings == {}
+    _land(weakref.ref(one.lmc))
     other = engine(specs, blocks=300, **tiers)
     asked = [[*prompt(seed, 330), *one.said[name]] for seed, name in enumerate(names)]
     assert other.run(asked) == [(330 + 40 - 1) % 16 + 1] * 2
 
 
-def test_an_engine_ends_in_time_though_a_store_hangs(engine, monkeypatch):
-    monkeypatch.setattr("lmc_vllm.worker.CLOSE_COPY_S", 0.01)
+def test_an_answer_comes_in_time_though_a_store_hangs(engine, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr("lmc_vllm.worker.FINISH_S", 0.01)
     one = engine(blocks=300)
     one.copies[0].may_store.clear()
     one.finish(one.ask(prompt(1, 330), 40))
-    threading.Timer(0.2, one.copies[0].may_store.set).start()
-    one.end()
-    assert not one.lmc._savings
-    lane = one.lmc.lanes[0]
-    assert lane.store.ram.num_free + lane.store.ram.num_idle == lane.store.arena.num_slots
+    assert one.lmc._savings
+    one.copies[0].may_store.set()
+    one.settle()
+    assert one.again([prompt(1, 330)]) == [330 % 16]
