@@ -447,6 +447,9 @@ class SchedulerSide:
     def _known(self, request: Any) -> _Request:
         known = self._requests.get(request.request_id)
         if known is None or known.request is not request:
+            if known is not None:  # another one under the same id
+                self._break_promise(known)
+                self._close_tickets(known)
             mark, shared = self._mark_of(request)
             known = _Request(request, mark, shared, saved=[0] * len(self.lanes))
             self._requests[request.request_id] = known

@@ -1,9 +1,9 @@
 """Background copies between the pool and chunks: one worker thread for stores, one for loads, one
 for stores in a hurry.
 
-A load never queues behind stores, nor does a store that somebody waits for. The caller's thread owns
-the Copier and what its jobs read; a worker owns a job from its start to its end, and the pages and
-chunks of a job stay valid until it is over. What fails in a worker travels in the Job:
+A load never queues behind stores, nor does a store that somebody waits for. The caller's thread
+owns the Copier and what its jobs read; a worker owns a job from its start to its end, and the pages
+and chunks of a job stay valid until it is over. What fails in a worker travels in the Job:
 
     queued -> running -> done (error None, or what failed)
        '---> cancelled (error CancelledError)
