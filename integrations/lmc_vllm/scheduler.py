@@ -47,6 +47,8 @@ CLOSE_DRAIN_S = 4.0
 """vLLM kills an engine that takes much longer to go."""
 WAIT_FOR_TWIN_S = 2.0
 """Longest wait for a load of the same blocks that another request began."""
+WAIT_FOR_ROOM_S = 10.0
+"""Longest wait for blocks that loads of other requests leave."""
 NEWS_S = 1.0
 STATE_BLOCKS = 3
 """Blocks of a recurrent state that vLLM gives a request at once, at most."""
@@ -100,6 +102,7 @@ class _Request:
     arrived: int = 0  # chunks that had come when last looked at
     wait_until: float = 0.0
     twin_until: float = 0.0
+    room_until: float = 0.0
     promise: _Promise | None = None
     load: _Load | None = None
     refused: bool = False  # a load failed: it is not tried again
@@ -267,7 +270,7 @@ class SchedulerSide:
             promise = known.promise
             if promise is not None and promise.start <= computed < promise.length:
                 if not self._leaves_room(known, promise.length):
-                    return None, False
+                    return self._wait_for_room(known)
                 promise.computed = computed
                 return promise.length - computed, True
             self._break_promise(known)
@@ -283,7 +286,7 @@ class SchedulerSide:
             if self._twin_brings(known, length, computed):
                 return None, False
             if not self._leaves_room(known, length):
-                return None, False
+                return self._wait_for_room(known)
             known.promise = self._pin(known, computed, length)
             self._close_tickets(known)
             return length - computed, True
@@ -631,6 +634,15 @@ class SchedulerSide:
             if other.load is not None:
                 needed += self._blocks_to_go_on(other, other.load.length)
         return needed <= compat.free_blocks(self.kv_cache_manager)
+
+    def _wait_for_room(self, known: _Request) -> tuple[int | None, bool]:
+        """Ask again; but not for ever: to compute a prefix is slower, but vLLM can interrupt it."""
+        now = time.monotonic()
+        known.room_until = known.room_until or now + WAIT_FOR_ROOM_S
+        if now < known.room_until:
+            return None, False
+        self._break_promise(known)
+        return 0, False
 
     def _blocks_to_go_on(self, known: _Request, length: int) -> int:
         """Blocks that vLLM wants free to compute what follows `length` tokens, at most."""

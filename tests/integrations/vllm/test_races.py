@@ -289,6 +289,22 @@ def test_loads_leave_each_other_the_blocks_to_go_on(engine, blocks, own):
     one.again([prompt(1, 208) + prompt(3, own), prompt(2, 320) + prompt(4, 2)])
 
 
+def test_a_load_that_finds_no_room_is_computed_in_the_end(engine, monkeypatch):
+    monkeypatch.setattr("lmc_vllm.scheduler.WAIT_FOR_ROOM_S", 0.05)
+    one = engine(sliding(2, 100), blocks=60, max_len=500, budget=150)
+    prompts = [prompt(1, 208), prompt(2, 320)]
+    for ids in prompts:
+        one.run([ids])
+    one.forget()
+    one.copies[0].may_load.clear()
+    first, second = one.ask(prompts[0] + prompt(3, 140)), one.ask(prompts[1] + prompt(4, 2))
+    one.until(lambda: one.computed[second])  # while the first one's load hangs
+    assert one.status(first) == WAITING
+    one.copies[0].may_load.set()
+    one.finish(first, second)
+    assert one.count("tokens.loaded") == 208
+
+
 @pytest.mark.parametrize("kind", ["windows", "states"])
 def test_loads_wait_for_each_other_only_where_blocks_are_few(engine, kind):
     states = {"block": 64, "mamba_mode": "align"}
