@@ -1,9 +1,9 @@
 """A digest of a model's weights that costs a few reads, so that two models never share a namespace.
 
 Every tensor of a safetensors file is sampled at three places, every other file at regular ones;
-sizes, tensor names, shapes and the configuration are taken whole. Training or merging touches every
-element of the tensors it touches, so a changed tensor shows; a copy of the same files on another
-machine does not. Paths and times do not count.
+sizes, tensor names, shapes, the configuration and what prepares media are taken whole. Training or
+merging touches every element of the tensors it touches, so a changed tensor shows; a copy of the
+same files on another machine does not. Paths and times do not count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,26 @@ log = logging.getLogger("lmc")
 SAMPLE_BYTES = 256
 _SAMPLES_OF_A_FILE = 256
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
+_CONFIGS = (
+    "config.json",
+    "params.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quantization_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "sparse_attention_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "tekken.json",
+)
+"""What else decides how tokens and media become KV, the formats of Mistral included. Tokenizers and
+chat templates decide which tokens there are: those are in the keys.
+"""
+_CODE = ".py"
+"""Models may bring code of their own."""
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -59,15 +78,17 @@ def model_folder(model: str, revision: str | None, cache_dir: str | None) -> Pat
 
 def fingerprint(folder: Path) -> str:
     """Hex digest of the weights in `folder`. Raises FileNotFoundError if there are none."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
-    if not files:
+    files = sorted(folder.iterdir())
+    weights = [path for path in files if path.suffix in _WEIGHTS]
+    if not weights:
         raise FileNotFoundError(f"no weights ({', '.join(_WEIGHTS)}) in {folder}")
     digest = hashlib.sha256()
-    for path in files:
+    for path in weights:
         digest.update(_digest_of_file(path))
-    for name in _CONFIGS:
-        if (folder / name).is_file():
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    for path in files:
+        if path.name in _CONFIGS or path.suffix == _CODE:
+            digest.update(hashlib.sha256(path.name.encode()).digest())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
