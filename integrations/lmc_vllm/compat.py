@@ -49,13 +49,8 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     "vllm.utils.hashing.get_hash_fn_by_name": None,
     "vllm.v1.core.block_pool.BlockPool.get_num_free_blocks": ("self",),
     "vllm.v1.core.kv_cache_manager.KVCacheManager.free": ("self", "request"),
-    "vllm.v1.engine.core.EngineCore.collective_rpc": (
-        "self",
-        "method",
-        "timeout",
-        "args",
-        "kwargs",
-    ),
+    "vllm.v1.executor.abstract.Executor.init_kv_output_aggregator": ("self", "connector"),
+    "vllm.v1.executor.abstract.Executor.collective_rpc": None,
 }
 """What is overridden or called, with the parameters it must have (None: any)."""
 
@@ -155,37 +150,80 @@ def attention_of(vllm_config: Any, layer_name: str) -> str:
     return f"{name}:{isa}"
 
 
-_READS_WEIGHTS = ("compute_", "get_", "check_", "save_", "init_")
+LEAVES_WEIGHTS = frozenset(
+    (
+        # each step
+        "execute_model",
+        "sample_tokens",
+        "take_draft_token_ids",
+        "execute_dummy_batch",
+        # only tell or write down
+        "check_health",
+        "compute_weight_checksums",
+        "get_encoder_timing_stats",
+        "get_kv_connector_handshake_metadata",
+        "get_model_inspection",
+        "get_supported_tasks",
+        "list_loras",
+        "profile",
+        "save_sharded_state",
+        "save_tensorized_model",
+        "supports_draft_weight_updates",
+        "synchronize_device",
+        # change something else: adapters tell of themselves, caches of media, connections, the end
+        "add_lora",
+        "pin_lora",
+        "remove_lora",
+        "release_late_interaction_query_cache",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "init_weight_transfer_engine",
+        "shutdown_weight_transfer_engine",
+        "handle_ft_command",
+        "shutdown",
+    )
+)
+"""Calls to all workers, as vLLM itself sends them once an engine stands, that leave the model's
+weights as they are. Sleeping, waking up and moving experts about are not among them: whether weights
+come back as they went is theirs to know. Nor is what users add, by whatever name.
+"""
 
 
-def changes_weights(method: Any) -> bool:
-    """Whether a call to all workers changes weights in place, by its name: reload_weights,
-    update_weights, finish_weight_update, and what extensions of workers call theirs.
+def watch_calls(changed: Callable[[Any], None]) -> None:
+    """Call `changed(the engine's connector)` after every call to all workers that may have changed
+    weights: vLLM tells connectors only where its user asks for `reset_connector`. Once a process.
+
+    An executor's `collective_rpc` is the one door to its workers: `LLM.collective_rpc` and
+    `apply_model`, extensions of workers, HTTP, sleep and weight transfer all go through it, and so
+    do each step's calls, for which this costs a look into a set.
     """
-    name = method if isinstance(method, str) else getattr(method, "__name__", "")
-    return "weight" in name and not name.startswith(_READS_WEIGHTS)
+    from vllm.v1.executor.abstract import Executor
 
-
-def watch_weights(changed: Callable[[Any], None]) -> None:
-    """Call `changed(the engine's connector)` after every call to all workers that changes weights:
-    vLLM tells connectors only where its user asks for `reset_connector`. Once a process.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    inner = EngineCore.collective_rpc
+    inner = Executor.init_kv_output_aggregator  # where vLLM has an executor meet its connector
     if getattr(inner, "_lmc_watches", False):
         return
 
     @functools.wraps(inner)
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return inner(self, method, *args, **kwargs)
-        finally:
-            if changes_weights(method):
-                changed(self.scheduler.get_kv_connector())
+    def init_kv_output_aggregator(self: Any, connector: Any) -> None:
+        inner(self, connector)
+        self.collective_rpc = _watched(self.collective_rpc, lambda: changed(connector))
 
-    collective_rpc._lmc_watches = True  # type: ignore[attr-defined]
-    EngineCore.collective_rpc = collective_rpc
+    init_kv_output_aggregator._lmc_watches = True  # type: ignore[attr-defined]
+    Executor.init_kv_output_aggregator = init_kv_output_aggregator
+
+
+def _watched(call: Callable[..., Any], changed: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(method, str) and method in LEAVES_WEIGHTS:
+            return call(method, *args, **kwargs)
+        try:
+            return call(method, *args, **kwargs)
+        finally:  # what failed may have changed some of them
+            log.info("lmc: nothing kept before %s is found again: it may change weights", method)
+            changed()
+
+    return collective_rpc
 
 
 def is_stepped_by_its_user() -> bool:

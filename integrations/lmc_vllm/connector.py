@@ -56,7 +56,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            compat.watch_weights(_weights_changed)
+            compat.watch_calls(_weights_changed)
             self.scheduler = SchedulerSide(vllm_config, kv_cache_config, groups, self._config)
         else:
             self.worker = WorkerSide(vllm_config, kv_cache_config, groups)

@@ -340,8 +340,17 @@ class _Executor(Executor):
         outputs = [pickle.loads(pickle.dumps(output)) for output in outputs]  # as above
         return self.kv_output_aggregator.aggregate(outputs, len(outputs) - 1)
 
-    def collective_rpc(self, method: Any, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError(method)
+    def collective_rpc(
+        self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None, **_: Any
+    ) -> list[Any]:
+        """A function is called with each worker; a method no worker has does nothing."""
+        calls = [
+            method if callable(method) else getattr(type(w), method, None) for w in self.workers
+        ]
+        return [
+            call(worker, *args, **(kwargs or {})) if call else None
+            for call, worker in zip(calls, self.workers, strict=True)
+        ]
 
     def check_health(self) -> None:
         pass

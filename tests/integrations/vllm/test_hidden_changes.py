@@ -12,6 +12,7 @@ from vllm.v1.request import RequestStatus
 
 import lmc_vllm.connector
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
+from tests.integrations.vllm.harness import Worker
 
 STATES = {"specs": mamba(4, "align"), "block": 64, "mamba_mode": "align"}
 
@@ -39,17 +40,81 @@ def test_an_adapter_changed_in_place_is_another_one_for_plain_requests_too(engin
     assert one.again([ids], lora_request=adapter(place, b"others!")) == [300]
 
 
-@pytest.mark.parametrize("method", ["reload_weights", "update_weights"])
-def test_weights_changed_by_a_call_begin_a_generation(engine, method, monkeypatch):
+def train(worker, *_: object, **__: object) -> None:
+    """Stands for what changes weights in place, whatever it is called."""
+    worker.engine.weights += 1
+
+
+def fail(worker) -> None:
+    train(worker)
+    raise OSError("after half of the weights")
+
+
+CALLS = {
+    "reload_weights": lambda core: core.collective_rpc("reload_weights"),
+    "weight transfer": lambda core: core.collective_rpc("update_weights", kwargs={"info": {}}),
+    "apply_model": lambda core: core.collective_rpc("apply_model", args=(len,)),
+    "an extension of workers": lambda core: core.collective_rpc("get_better"),
+    "a function": lambda core: core.collective_rpc(train),
+    "the executor itself": lambda core: core.model_executor.collective_rpc("set_layer", args=(1,)),
+    "experts that move": lambda core: core.model_executor.collective_rpc(
+        "elastic_ep_execute", args=("prepare_new_worker",)
+    ),
+    "sleep": lambda core: (core.sleep(2), core.wake_up()),
+    "sleep past vLLM's caches": lambda core: core.collective_rpc("sleep", kwargs={"level": 2}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_may_change_weights_begins_a_generation(engine, call, monkeypatch):
     one = engine()
-    monkeypatch.setattr(type(one.core.model_executor), "collective_rpc", lambda *_, **__: [None])
+    for name in ("reload_weights", "update_weights", "apply_model", "get_better", "set_layer"):
+        monkeypatch.setattr(Worker, name, train, raising=False)
+    for name in ("sleep", "elastic_ep_execute"):
+        monkeypatch.setattr(Worker, name, train, raising=False)
     one.run([prompt(1, 300)])
-    one.core.collective_rpc("compute_weight_checksums")
-    assert one.again([prompt(1, 300)]) == [12]
-    one.core.collective_rpc(method)
-    one.weights += 1
+    CALLS[call](one.core)
+    assert one.weights
     assert one.again([prompt(1, 300)]) == [300]
     assert one.again([prompt(1, 300)]) == [12]
+
+
+def test_a_call_that_failed_may_have_changed_weights(engine):
+    one = engine()
+    one.run([prompt(1, 300)])
+    with pytest.raises(OSError, match="half of the weights"):
+        one.core.collective_rpc(fail)
+    assert one.again([prompt(1, 300)]) == [300]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda core: core.compute_weight_checksums(),
+        lambda core: core.collective_rpc("get_model_inspection"),
+        lambda core: core.collective_rpc("check_health", timeout=10),
+        lambda core: core.profile(is_start=True),
+        lambda core: core.save_sharded_state("somewhere"),
+        lambda core: core.execute_dummy_batch(),
+        lambda core: core.reset_mm_cache(),
+        lambda core: core.sleep(0),
+    ],
+)
+def test_what_only_looks_leaves_what_is_kept(engine, call):
+    one = engine()
+    one.run([prompt(1, 300)])
+    call(one.core)
+    one.core.resume_scheduler()
+    assert one.again([prompt(1, 300)]) == [12]
+
+
+def test_one_engines_weights_are_not_anothers(engine):
+    one, other = engine(), engine()
+    for either in (one, other):
+        either.run([prompt(1, 300)])
+    one.core.collective_rpc(train)
+    assert other.again([prompt(1, 300)]) == [12]
+    assert one.again([prompt(1, 300)]) == [300]
 
 
 @pytest.mark.parametrize(
