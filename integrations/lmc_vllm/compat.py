@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import logging
 import pkgutil
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager.free": ("self", "request"),
     "vllm.v1.executor.abstract.Executor.init_kv_output_aggregator": ("self", "connector"),
     "vllm.v1.executor.abstract.Executor.collective_rpc": None,
+    "vllm.multimodal.registry.MultiModalRegistry.create_processor": None,
+    "vllm.multimodal.processing.BaseMultiModalProcessor._get_mm_hashes": ("self", "inputs"),
 }
 """What is overridden or called, with the parameters it must have (None: any)."""
 
@@ -184,8 +187,8 @@ LEAVES_WEIGHTS = frozenset(
     )
 )
 """Calls to all workers, as vLLM itself sends them once an engine stands, that leave the model's
-weights as they are. Sleeping, waking up and moving experts about are not among them: whether weights
-come back as they went is theirs to know. Nor is what users add, by whatever name.
+weights as they are. Sleeping, waking up and moving experts about are not among them: whether
+weights come back as they went is theirs to know. Nor is what users add, by whatever name.
 """
 
 
@@ -233,6 +236,57 @@ def is_stepped_by_its_user() -> bool:
     from vllm import envs
 
     return not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+
+
+_HASH_OF_MEDIA = re.compile("[0-9a-f]{64}|[0-9a-f]{128}")
+"""vLLM's hashes of media: BLAKE3, SHA-256 or SHA-512, over the content and the model's name."""
+_GIVEN = "given:"
+
+
+def media_are_hashed(request: Any) -> bool:
+    """Whether vLLM calls all media of a request by a hash of their content. It takes
+    `multi_modal_uuids` as they are, and the same id may be another picture elsewhere.
+    """
+    names = (feature.mm_hash or feature.identifier for feature in request.mm_features)
+    return all(_HASH_OF_MEDIA.fullmatch(name) for name in names)
+
+
+def mark_given_ids() -> None:
+    """Keep ids that users give from looking like hashes of content: beside arguments for the
+    processor vLLM hashes them. In processes that prepare media; the others see the outcome only.
+    """
+    try:
+        from vllm.multimodal.registry import MultiModalRegistry
+
+        inner = MultiModalRegistry.create_processor
+    except (ImportError, AttributeError):  # the engine's `check` says so
+        return
+    if getattr(inner, "_lmc_marks", False):
+        return
+
+    @functools.wraps(inner)
+    def create_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        processor = inner(self, *args, **kwargs)
+        processor._get_mm_hashes = _marked(processor._get_mm_hashes)
+        return processor
+
+    create_processor._lmc_marks = True  # type: ignore[attr-defined]
+    MultiModalRegistry.create_processor = create_processor
+
+
+def _marked(hashes_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(hashes_of)
+    def get_mm_hashes(inputs: Any) -> dict[str, list[str]]:
+        given = inputs.mm_uuid_items or {}
+        return {
+            kind: [
+                _GIVEN + name if who is not None and _HASH_OF_MEDIA.fullmatch(name) else name
+                for name, who in zip(names, given.get(kind) or [None] * len(names), strict=True)
+            ]
+            for kind, names in hashes_of(inputs).items()
+        }
+
+    return get_mm_hashes
 
 
 def local_cache_is_empty(kv_cache_manager: Any) -> bool:

@@ -95,7 +95,7 @@ class _Request:
 
     request: Any
     mark: bytes = b""  # of its adapter, folded into its keys
-    shared: bool = True  # whether other processes could name its chunks
+    mark_is_shared: bool = True
     keys: list[list[Key]] = field(default_factory=list)  # by lane, of as many steps as needed
     tickets: list[Ticket] = field(default_factory=list)
     staged_windows: bool = False
@@ -110,6 +110,11 @@ class _Request:
     preemptions: int = 0
     saved: list[int] = field(default_factory=list)  # steps handed to the store, by lane
     next_save: int = 0  # tokens at which there is something to store
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes could name its chunks."""
+        return self.mark_is_shared and compat.media_are_hashed(self.request)
 
 
 @dataclass(slots=True)
@@ -394,7 +399,7 @@ class SchedulerSide:
             self._break_promise(known)
             known.tickets.clear()  # the store closes them
             known.keys.clear()
-            known.mark, known.shared = self._mark_of(known.request)
+            known.mark, known.mark_is_shared = self._mark_of(known.request)
             known.stale = known.stale or known.request.num_computed_tokens > 0
         for lane in self.lanes:
             lane.store.renew()

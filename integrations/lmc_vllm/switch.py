@@ -14,6 +14,8 @@ from typing import Any
 
 from lmc.config import Config
 
+from . import compat
+
 log = logging.getLogger("lmc")
 
 BACKEND = "lmc"
@@ -49,6 +51,8 @@ def register() -> None:
             log.info("lmc stays off: vLLM gives encoder-decoder models no KV connector")
             self.kv_transfer_config = None
             config = inner_config(self, *args, **kwargs)
+        if _asks_for_lmc(self.kv_transfer_config):
+            compat.mark_given_ids()
         return config
 
     @functools.wraps(inner_cli)
@@ -86,6 +90,13 @@ def _apply(args: Any) -> bool:
     # vLLM maps a size to one of its own connectors; without one the backend's name is idle
     args.kv_offloading_backend, args.kv_offloading_size = "native", None
     return not named
+
+
+def _asks_for_lmc(given: Any) -> bool:
+    """Whether an engine has lmc's connector, alone or in a MultiConnector."""
+    fields = given if isinstance(given, dict) else vars(given) if given is not None else {}
+    parts = (fields.get("kv_connector_extra_config") or {}).get("connectors", ())
+    return any(part.get("kv_connector") == CONNECTOR for part in (fields, *parts))
 
 
 def _transfer_config(given: Any, size_gib: float | None) -> Any:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import MultiModalConfig
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.processing import ProcessorInputs
+from vllm.multimodal.registry import MultiModalRegistry
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import RequestStatus
 
 import lmc_vllm.connector
+from lmc_vllm import compat
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
 from tests.integrations.vllm.harness import Worker
 
@@ -190,6 +197,84 @@ def test_how_media_are_prepared_is_in_the_name(engine):
     assert not small[0].private
     assert names(engine(configure=media(0), caching=False))[0].private, "media are only numbered"
     assert not names(engine(configure=media(0), caching=True))[0].private
+
+
+CAT, DOG = "00c4" * 16, "0d06" * 16
+
+
+def picture(name: str) -> list[MultiModalFeatureSpec]:
+    """A feature as vLLM makes it: the id of its embeddings, and the hash it was made of."""
+    place = PlaceholderRange(offset=100, length=90)
+    made_of = name.removeprefix("an adapter:")
+    return [MultiModalFeatureSpec(None, "image", name, place, made_of)]
+
+
+@pytest.fixture
+def seeing(engine, tmp_path):
+    """Builds engines that take pictures, over one folder."""
+
+    def build():
+        one = engine(LMC_TIERS=f"file://{tmp_path}?gb=1")
+        one.scheduler.max_num_encoder_input_tokens = 1000
+        one.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=1000)
+        return one
+
+    return build
+
+
+@pytest.mark.parametrize("name", [CAT, CAT * 2, f"an adapter:{CAT}"])
+def test_media_called_by_their_content_are_shared(seeing, name):
+    seeing().run([prompt(1, 300)], mm_features=picture(name))
+    assert seeing().run([prompt(1, 300)], mm_features=picture(name)) == [12]
+
+
+@pytest.mark.parametrize("name", ["image-1", CAT[:-1], CAT.upper(), f"given:{CAT}", ""])
+def test_media_called_by_their_user_stay_in_the_process(seeing, name):
+    """The same id in another process is another picture."""
+    one = seeing()
+    one.run([prompt(1, 300)], mm_features=picture(name))
+    assert one.again([prompt(1, 300)], mm_features=picture(name)) == [12]
+    assert one.count("disk.written") == 0
+    one.run([prompt(2, 300)], mm_features=picture(DOG))
+    assert one.count("disk.written") > 0
+
+
+@pytest.fixture
+def hashes_of(monkeypatch):
+    """vLLM's hashes of one image, as a process with lmc makes them."""
+    made = SimpleNamespace(
+        _get_mm_hashes=lambda inputs: inputs.get_mm_hashes("a model", "blake3"),
+    )
+    monkeypatch.setattr(MultiModalRegistry, "create_processor", lambda self: made)
+    compat.mark_given_ids()
+    processor = MultiModalRegistry().create_processor()
+
+    def hashes(image: bytes | None, uuid: str | None, **kwargs: object) -> str:
+        items = {"image": SimpleNamespace(get_all_items_for_hash=lambda: [image])}
+        inputs = ProcessorInputs([], items, {"image": [uuid]}, hf_processor_mm_kwargs=kwargs)
+        return processor._get_mm_hashes(inputs)["image"][0]
+
+    return hashes
+
+
+def test_an_id_that_vllm_hashes_is_still_known_as_given(hashes_of):
+    assert hashes_of(None, "image-1") == "image-1"
+    for given in (hashes_of(None, "image-1", crop=True), hashes_of(None, CAT)):
+        assert not media_are_hashed(picture(given))
+    assert hashes_of(None, "image-1", crop=True) != hashes_of(None, "image-1", crop=False)
+
+
+def test_hashes_of_content_are_vllms_own(hashes_of):
+    for kwargs in ({}, {"crop": True}):
+        name = hashes_of(b"pixels", None, **kwargs)
+        assert media_are_hashed(picture(name))
+        factors = {"mm_processor_kwargs": kwargs} if kwargs else {}
+        own = MultiModalHasher.hash_kwargs("blake3", model_id="a model", image=b"pixels", **factors)
+        assert name == own
+
+
+def media_are_hashed(features: list[MultiModalFeatureSpec]) -> bool:
+    return compat.media_are_hashed(SimpleNamespace(mm_features=features))
 
 
 def test_the_harness_really_plans_a_step_before_the_last_one_is_over(engine):

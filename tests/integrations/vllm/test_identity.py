@@ -99,7 +99,7 @@ def test_weights_nobody_can_tell_stay_in_the_process(engine, tmp_path, caplog):
     one = engine(arguments={"load_format": "dummy"}, LMC_TIERS=f"file://{tmp_path}?gb=1")
     assert "cannot tell the weights" in caplog.text
     one.run([prompt(1, 300)])
-    assert one.count("file.written") == 0
+    assert one.count("disk.written") == 0
     assert one.again([prompt(1, 300)]) == [12]
 
 

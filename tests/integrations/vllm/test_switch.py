@@ -126,6 +126,25 @@ class TestApply:
         assert args.kv_transfer_config.kv_connector == "LMCConnector"
 
     @pytest.mark.parametrize("kind", [dict, lambda **fields: KVTransferConfig(**fields)])
+    def test_a_process_that_prepares_media_knows_which_engine_has_lmc(
+        self, model_folder, monkeypatch, kind
+    ):
+        marked = []
+        monkeypatch.setattr(switch.compat, "mark_given_ids", lambda: marked.append(True))
+        lmc = {"kv_connector": "LMCConnector", "kv_role": "kv_both"}
+        other = {"kv_connector": "Other", "kv_role": "kv_both"}
+        both = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"connectors": [other, lmc]},
+        }
+        for config, count in ((None, 0), (kind(**other), 0), (kind(**lmc), 1), (kind(**both), 2)):
+            resolve(model_folder, kv_transfer_config=config)
+            assert len(marked) == count
+        resolve(model_folder, kv_offloading_backend="lmc")
+        assert len(marked) == 3
+
+    @pytest.mark.parametrize("kind", [dict, lambda **fields: KVTransferConfig(**fields)])
     def test_two_connectors_are_refused(self, model_folder, kind):
         other = kind(kv_connector="Other", kv_role="kv_both")
         with pytest.raises(ValueError, match="Other ask for two connectors; MultiConnector takes"):

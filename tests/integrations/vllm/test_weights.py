@@ -132,7 +132,7 @@ def test_lasting_tiers_get_nothing_of_changed_weights(engine, tmp_path):
     one = engine(LMC_TIERS=f"file://{tmp_path}?gb=1")
     change(one)
     one.run([prompt(1, 300)])
-    assert one.count("file.written") == 0
+    assert one.count("disk.written") == 0
     assert one.again([prompt(1, 300)]) == [12]
 
 
@@ -166,4 +166,4 @@ def test_an_adapter_changed_in_place_shares_with_nobody(engine, tmp_path):
         assert one.again(
             [ids], lora_request=adapter(tmp_path / "a", b"weights", load_inplace=True)
         ) == [300]
-    assert one.count("file.written") == 0
+    assert one.count("disk.written") == 0
