@@ -13,10 +13,12 @@ import inspect
 import logging
 import pkgutil
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 log = logging.getLogger("lmc")
 
@@ -52,6 +54,10 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager.free": ("self", "request"),
     "vllm.v1.executor.abstract.Executor.init_kv_output_aggregator": ("self", "connector"),
     "vllm.v1.executor.abstract.Executor.collective_rpc": None,
+    "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter": ("self", "lora_request"),
+    "vllm.lora.utils.get_adapter_absolute_path": ("lora_path",),
+    "vllm.distributed.kv_transfer.has_kv_transfer_group": (),
+    "vllm.distributed.kv_transfer.get_kv_transfer_group": (),
     "vllm.multimodal.registry.MultiModalRegistry.create_processor": None,
     "vllm.multimodal.processing.BaseMultiModalProcessor._get_mm_hashes": ("self", "inputs"),
 }
@@ -69,6 +75,7 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.output.KVConnectorBlockState": ("get_block_ids",),
     "vllm.envs": ("VLLM_ENABLE_V1_MULTIPROCESSING",),
     "vllm.v1.outputs.KVConnectorOutput": ("finished_recving",),
+    "vllm.v1.core.kv_cache_utils": ("_gen_lora_extra_hash_keys",),
 }
 
 HASHES = ("sha256", "sha256_cbor")
@@ -192,9 +199,12 @@ weights come back as they went is theirs to know. Nor is what users add, by what
 """
 
 
-def watch_calls(changed: Callable[[Any], None]) -> None:
+def watch_calls(
+    changed: Callable[[Any], None], added: Callable[[Any, Callable[..., Any]], None]
+) -> None:
     """Call `changed(the engine's connector)` after every call to all workers that may have changed
-    weights: vLLM tells connectors only where its user asks for `reset_connector`. Once a process.
+    weights: vLLM tells connectors only where its user asks for `reset_connector`. After one that
+    may have loaded an adapter call `added` with a way to ask the workers, too. Once a process.
 
     An executor's `collective_rpc` is the one door to its workers: `LLM.collective_rpc` and
     `apply_model`, extensions of workers, HTTP, sleep and weight transfer all go through it, and so
@@ -209,17 +219,25 @@ def watch_calls(changed: Callable[[Any], None]) -> None:
     @functools.wraps(inner)
     def init_kv_output_aggregator(self: Any, connector: Any) -> None:
         inner(self, connector)
-        self.collective_rpc = _watched(self.collective_rpc, lambda: changed(connector))
+        call = self.collective_rpc
+        self.collective_rpc = _watched(
+            call, lambda: changed(connector), lambda: added(connector, call)
+        )
 
     init_kv_output_aggregator._lmc_watches = True  # type: ignore[attr-defined]
     Executor.init_kv_output_aggregator = init_kv_output_aggregator
 
 
-def _watched(call: Callable[..., Any], changed: Callable[[], None]) -> Callable[..., Any]:
+def _watched(
+    call: Callable[..., Any], changed: Callable[[], None], added: Callable[[], None]
+) -> Callable[..., Any]:
     @functools.wraps(call)
     def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(method, str) and method in LEAVES_WEIGHTS:
-            return call(method, *args, **kwargs)
+            result = call(method, *args, **kwargs)
+            if method == "add_lora":
+                added()
+            return result
         try:
             return call(method, *args, **kwargs)
         finally:  # what failed may have changed some of them
@@ -236,6 +254,39 @@ def is_stepped_by_its_user() -> bool:
     from vllm import envs
 
     return not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+
+
+def watch_adapters(loading: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Have workers read an adapter inside of `loading(vLLM's request for it)`: all that they load
+    goes through this one function. Once a process.
+    """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    inner = WorkerLoRAManager._load_adapter
+    if getattr(inner, "_lmc_watches", False):
+        return
+
+    @functools.wraps(inner)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        with loading(lora_request):
+            return inner(self, lora_request)
+
+    _load_adapter._lmc_watches = True  # type: ignore[attr-defined]
+    WorkerLoRAManager._load_adapter = _load_adapter
+
+
+def adapter_folder(lora_request: Any) -> Path:
+    """Where a worker reads an adapter; what has to be downloaded for that is."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return Path(get_adapter_absolute_path(lora_request.lora_path))
+
+
+def connector_in_worker() -> Any:
+    """The connector of the worker this process is; None while it has none."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    return get_kv_transfer_group() if has_kv_transfer_group() else None
 
 
 _HASH_OF_MEDIA = re.compile("[0-9a-f]{64}|[0-9a-f]{128}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,10 +26,12 @@ from . import compat
 from .groups import groups_of
 from .metrics import LmcPromMetrics, LmcStats
 from .scheduler import SchedulerSide
-from .wire import Registered, Report, Step
+from .wire import Loaded, Registered, Report, Step
 from .worker import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
 
 log = logging.getLogger("lmc")
@@ -56,9 +59,10 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            compat.watch_calls(_weights_changed)
+            compat.watch_calls(_weights_changed, _adapter_added)
             self.scheduler = SchedulerSide(vllm_config, kv_cache_config, groups, self._config)
         else:
+            compat.watch_adapters(_adapter_loading)
             self.worker = WorkerSide(vllm_config, kv_cache_config, groups)
 
     @property
@@ -230,12 +234,38 @@ def _policy_of(vllm_config: Any) -> str:
     return policy
 
 
-def _weights_changed(connector: Any) -> None:
-    """Nothing that an engine's connector, or those it is made of, keeps is found again."""
+def _parts_of(connector: Any) -> Iterator[LMCConnector]:
+    """Those of lmc among what an engine's or a worker's connector is made of."""
     if isinstance(connector, LMCConnector):
-        connector.reset_cache()
+        yield connector
     for part in getattr(connector, "sub_connectors", ()):
-        _weights_changed(part)
+        yield from _parts_of(part)
+
+
+def _weights_changed(connector: Any) -> None:
+    for part in _parts_of(connector):
+        part.reset_cache()
+
+
+def _adapter_added(connector: Any, call: Callable[..., Any]) -> None:
+    """Ask the workers what they loaded: no step may follow for long that reports it."""
+    loaded = [load for loads in call(_take_adapters) for load in loads]
+    for part in _parts_of(connector):
+        part._beside_scheduler().adapters_loaded(loaded)
+
+
+def _take_adapters(worker: Any) -> list[Loaded]:
+    """Called in each worker."""
+    parts = _parts_of(compat.connector_in_worker())
+    return [load for part in parts for load in part._in_worker().take_adapters()]
+
+
+@contextmanager
+def _adapter_loading(lora: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for part in _parts_of(compat.connector_in_worker()):
+            stack.enter_context(part._in_worker().loading(lora))
+        yield
 
 
 def _refuse_topologies(vllm_config: Any) -> None:

@@ -1,18 +1,13 @@
-"""Whose chunks these are: the namespaces of an engine's groups, and the keys of requests with
-adapters.
-"""
+"""Whose chunks these are: the namespaces of an engine's groups."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmc.keys import Key, Namespace
-from lmc.weights import fingerprint
+from lmc.keys import Namespace
 from lmc.weights import name_of as weights_name
 
 from . import compat
@@ -147,45 +142,3 @@ def _digest_of(hf_config: Any) -> str:
         fields.pop(name, None)
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Adapters:
-    """What tells the KV of one LoRA adapter from that of another. vLLM's block hashes know an
-    adapter's name and path, not its weights.
-    """
-
-    def __init__(self) -> None:
-        self._marks: dict[tuple[int, str], tuple[bytes, bool]] = {}
-
-    def mark(self, lora: Any) -> tuple[bytes, bool]:
-        """Bytes to fold into an adapter's keys, and whether other processes know them too."""
-        if lora.load_inplace:  # other weights under the same name and path, from now on
-            self._marks = {k: mark for k, mark in self._marks.items() if k[0] != lora.lora_int_id}
-            return os.urandom(32), False
-        known = (lora.lora_int_id, lora.lora_path)
-        if known not in self._marks:
-            try:
-                digest = fingerprint(Path(lora.lora_path)) + _config_of(Path(lora.lora_path))
-                self._marks[known] = hashlib.sha256(digest.encode()).digest(), True
-            except OSError as error:
-                log.warning(
-                    "lmc cannot tell adapter %s apart from others, its chunks stay in this "
-                    "process: %s",
-                    lora.lora_name,
-                    error,
-                )
-                self._marks[known] = os.urandom(32), False
-        return self._marks[known]
-
-    def forget(self) -> None:
-        self._marks.clear()
-
-
-def _config_of(folder: Path) -> str:
-    """An adapter's rank, scale and targets change what its weights do."""
-    path = folder / "adapter_config.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def folded(mark: bytes, key: bytes) -> Key:
-    return Key(hashlib.sha256(mark + key).digest())

@@ -30,12 +30,14 @@ from lmc.tiers.arena import Arena
 from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
 
 from . import compat
+from .adapters import Adapters, folded
 from .groups import Group, Kind, unit_tokens
-from .identity import Adapters, folded, namespaces_of
-from .wire import Load, Move, Place, Registered, Report, Run, Step, Store, machine_id
+from .identity import namespaces_of
+from .wire import Load, Loaded, Move, Place, Registered, Report, Run, Step, Store, machine_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from lmc.config import Config
     from lmc.keys import Key
@@ -94,8 +96,8 @@ class _Request:
     """One request of vLLM, as long as it lives."""
 
     request: Any
-    mark: bytes = b""  # of its adapter, folded into its keys
-    mark_is_shared: bool = True
+    mark: bytes | None = b""  # of its adapter, folded into its keys; None: it has no names
+    look: Future[bytes | None] | None = None  # at its adapter's files, until that decided the mark
     keys: list[list[Key]] = field(default_factory=list)  # by lane, of as many steps as needed
     tickets: list[Ticket] = field(default_factory=list)
     staged_windows: bool = False
@@ -114,7 +116,7 @@ class _Request:
     @property
     def shared(self) -> bool:
         """Whether other processes could name its chunks."""
-        return self.mark_is_shared and compat.media_are_hashed(self.request)
+        return compat.media_are_hashed(self.request)
 
 
 @dataclass(slots=True)
@@ -123,10 +125,12 @@ class _Saving:
 
     leases: list[WriteLease]
     owner: _Request
+    mark: bytes | None
     left: int
     loose: bool  # its blocks may be freed while the request runs
     preemptions: int
     failed: bool = False
+    void: bool = False  # of an adapter that is not what it was thought to be
     fenced: bool = False
 
 
@@ -152,7 +156,7 @@ class SchedulerSide:
         self._direct: Callable[[], Report | None] | None = None
         self._close_workers: Callable[[], None] | None = None
         self._finish_stores: Callable[[Sequence[Store]], None] | None = None
-        self._adapters = Adapters()
+        self._adapters = Adapters(self._num_workers)
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
         self._savings: dict[int, _Saving] = {}
@@ -260,18 +264,16 @@ class SchedulerSide:
     def arrived(self, request: Any) -> None:
         """Start bringing up the request's prefix; its chain is in use from now on."""
         with self.stats.timed("scheduler.arrival"):
-            known = self._known(request)
-            if known.shared and not request.skip_reading_prefix_cache:
-                self._close_tickets(known)
-                for i, lane in enumerate(self.lanes):
-                    if lane.group.kind is Kind.FULL:
-                        known.tickets.append(lane.store.stage(tuple(self._keys(known, i))))
+            self._stage(self._known(request))
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond `computed` that can be loaded; None: ask again."""
         with self.stats.timed("scheduler.match"):
             known = self._known(request)
             self._forgive(known)
+            waits = self._waits_for_mark(known)
+            if computed and self._begins_on_others(known):
+                self._lose_names(known)
             promise = known.promise
             if promise is not None and promise.start <= computed < promise.length:
                 if not self._leaves_room(known, promise.length):
@@ -282,6 +284,10 @@ class SchedulerSide:
             if known.refused or request.skip_reading_prefix_cache or not self.lanes:
                 return 0, False
             self.poll()
+            if waits:
+                return None, False
+            if known.mark is None:
+                return 0, False
             if self._still_staging(known):
                 return None, False
             length = self._longest(known)
@@ -340,7 +346,7 @@ class SchedulerSide:
                 self._end_twin(known.load)
                 if not known.load.landed:
                     return  # its blocks are half written; the lease goes when the load is over
-            if known.stale or self._stale_cache:
+            if not self._may_keep(known):
                 return
             done = min(request.num_computed_tokens, request.num_tokens)
             if request.num_output_tokens:  # the last one was never an input
@@ -390,16 +396,26 @@ class SchedulerSide:
         """
         return bool(self._savings or self._early) or any(lane.store.warming for lane in self.lanes)
 
+    def adapters_loaded(self, loaded: Sequence[Loaded]) -> None:
+        """What workers loaded, in their order: from now on that is what adapters stand for."""
+        for load in loaded:
+            changed = self._adapters.apply(load)
+            for saving in self._savings.values():
+                if _contradicts(load, saving.owner, saving.mark, changed=changed):
+                    saving.void = True
+            for known in self._requests.values():
+                if _contradicts(load, known, known.mark, changed=changed):
+                    self._lose_names(known)
+
     def reset(self) -> bool:
         """vLLM's caches were reset, as after a change of weights: nothing stored is found again.
         What was computed before is not kept, nor is vLLM's own cache if its reset failed.
         """
-        self._adapters.forget()
+        self._adapters.forget_blocks()
         for known in self._requests.values():
             self._break_promise(known)
             known.tickets.clear()  # the store closes them
             known.keys.clear()
-            known.mark, known.mark_is_shared = self._mark_of(known.request)
             known.stale = known.stale or known.request.num_computed_tokens > 0
         for lane in self.lanes:
             lane.store.renew()
@@ -447,6 +463,7 @@ class SchedulerSide:
             for lease in load.leases:
                 lease.release()
         self._loading.clear()
+        self._adapters.close()
         for lane in self.lanes:
             lane.store.close(CLOSE_DRAIN_S / len(self.lanes))
 
@@ -458,19 +475,59 @@ class SchedulerSide:
             if known is not None:  # another one under the same id
                 self._break_promise(known)
                 self._close_tickets(known)
-            mark, shared = self._mark_of(request)
-            known = _Request(request, mark, shared, saved=[0] * len(self.lanes))
+            known = _Request(request, saved=[0] * len(self.lanes))
+            if request.lora_request is not None:
+                known.mark, known.look = None, self._adapters.look(request.lora_request)
             self._requests[request.request_id] = known
             self._plan_next_save(known)
         return known
 
-    def _mark_of(self, request: Any) -> tuple[bytes, bool]:
-        return self._adapters.mark(request.lora_request) if request.lora_request else (b"", True)
+    def _waits_for_mark(self, known: _Request) -> bool:
+        """Whether it is still to be seen what the adapter of a request is; not longer than staging
+        may take.
+        """
+        if known.look is None:
+            return False
+        if known.look.done():
+            known.mark = self._adapters.mark(known.request.lora_request, known.look.result())
+            known.look = None
+            self._stage(known)
+            return False
+        now = time.monotonic()
+        known.wait_until = known.wait_until or now + self._config.stage_wait_s
+        if now < known.wait_until:
+            return True
+        known.look = None
+        self.stats.add("adapter.late")
+        return False
+
+    def _begins_on_others(self, known: _Request) -> bool:
+        """Whether blocks that vLLM has may be of other contents of the same adapter."""
+        lora, mark = known.request.lora_request, known.mark
+        return lora is not None and mark is not None and self._adapters.was_another(lora, mark)
+
+    def _lose_names(self, known: _Request) -> None:
+        """A request whose KV is of one adapter and another, or of nobody knows which: lmc has
+        nothing to do with it any more.
+        """
+        self._break_promise(known)
+        self._close_tickets(known)
+        known.mark, known.look = None, None
+        known.keys.clear()
+        if known.load is not None and not known.load.landed:
+            self._end_twin(known.load)
+            self._void.append(known.request.request_id)
+            known.load.void = True
+
+    def _may_keep(self, known: _Request) -> bool:
+        """Whether what a request computes has a name, and that name tells the truth."""
+        return known.mark is not None and not known.stale and not self._stale_cache
 
     def _keys(self, known: _Request, i: int) -> list[Key]:
         """The keys of a lane's steps, as many as there are whole ones."""
         stride = self.lanes[i].hashes_a_step
         hashes = known.request.block_hashes
+        assert known.mark is not None
         if stride == 1 and not known.mark:
             return hashes  # type: ignore[no-any-return]
         if not known.keys:
@@ -483,6 +540,14 @@ class SchedulerSide:
         return keys
 
     # --- inside: hits
+
+    def _stage(self, known: _Request) -> None:
+        if known.mark is None or not known.shared or known.request.skip_reading_prefix_cache:
+            return
+        self._close_tickets(known)
+        for i, lane in enumerate(self.lanes):
+            if lane.group.kind is Kind.FULL:
+                known.tickets.append(lane.store.stage(tuple(self._keys(known, i))))
 
     def _still_staging(self, known: _Request) -> bool:
         """Whether chunks are on their way, and came not longer ago than the wait for the next."""
@@ -704,7 +769,7 @@ class SchedulerSide:
     def _save_filled(self, known: _Request, tokens: int, state: Any, stores: list[Store]) -> None:
         """Store the chunks that this step completes, and the prompt's tail once it is read."""
         request = known.request
-        if known.stale or self._stale_cache:
+        if not self._may_keep(known):
             return
         if request.num_preemptions != known.preemptions:  # it began again
             known.preemptions = request.num_preemptions
@@ -791,7 +856,7 @@ class SchedulerSide:
         """Store the states that vLLM hands over, each at a boundary it names."""
         for request_id, offers in getattr(state, "boundary_state_offloads", {}).items():
             known = self._requests.get(request_id)
-            if known is None or known.stale or self._stale_cache or not self.lanes:
+            if known is None or not self._may_keep(known) or not self.lanes:
                 continue
             moves = []
             for group_id, block_id, tokens in offers:
@@ -815,7 +880,7 @@ class SchedulerSide:
         leases = [lease for _, lease in moves]
         preemptions = known.request.num_preemptions
         self._savings[number] = _Saving(
-            leases, known, self._num_workers, loose, preemptions, fenced=fenced
+            leases, known, known.mark, self._num_workers, loose, preemptions, fenced=fenced
         )
         return Store(number, [move for move, _ in moves])
 
@@ -834,6 +899,7 @@ class SchedulerSide:
         return fence
 
     def _apply(self, report: Report) -> None:
+        self.adapters_loaded(report.loaded)
         for number, workers in report.over.items():
             saving = self._savings.get(number)
             if saving is None:
@@ -842,14 +908,22 @@ class SchedulerSide:
             saving.failed = saving.failed or number in report.failed
             if saving.left <= 0:
                 del self._savings[number]
+                sound = self._is_sound(saving)
                 with self.stats.timed("scheduler.commit"):
                     for lease in saving.leases:
-                        if saving.failed:
-                            lease.abort()
-                        else:
+                        if sound:
                             lease.commit()
-                if saving.failed:
-                    self.stats.add("store.failed")
+                        else:
+                            lease.abort()
+                if not sound:
+                    self.stats.add("store.failed" if saving.failed else "store.void")
+
+    def _is_sound(self, saving: _Saving) -> bool:
+        """Whether a store that is over holds what its keys say; see `adapters`."""
+        lora = saving.owner.request.lora_request
+        if saving.failed or saving.void or saving.mark is None:
+            return False
+        return lora is None or self._adapters.computes(lora, saving.mark)
 
     # --- inside: weights that changed
 
@@ -883,6 +957,19 @@ def _land(side: weakref.ref[SchedulerSide]) -> None:
     if (one := side()) is not None:
         for lane in one.lanes:
             lane.store.drain(CLOSE_DRAIN_S / len(one.lanes))
+
+
+def _contradicts(load: Loaded, owner: _Request, mark: bytes | None, *, changed: bool) -> bool:
+    """Whether what a request computed, or will, may be of another adapter than its mark says, now
+    that a worker loaded this one; `changed`: others have its name.
+    """
+    lora = owner.request.lora_request
+    if lora is None or mark is None:
+        return False
+    if load.number != lora.lora_int_id and load.name != (lora.lora_name, lora.lora_path):
+        return False
+    begun = owner.load is not None or owner.request.num_computed_tokens > 0
+    return mark != load.digest or (changed and begun)
 
 
 def _runs_of(

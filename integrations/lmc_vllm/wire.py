@@ -2,7 +2,8 @@
 
     worker    -> scheduler  Registered   at start: what a worker's pages look like
     scheduler -> worker     Step         every step: what to copy
-    worker    -> scheduler  Report       when there is news: which stores are over
+    worker    -> scheduler  Report       when there is news: which stores are over, which adapters
+                                         were loaded
 
 All of it goes through vLLM's own channels.
 """
@@ -111,12 +112,26 @@ class Registered(KVConnectorHandshakeMetadata):  # type: ignore[misc]
         return self.__dict__ | {"direct": None}
 
 
+class Loaded(NamedTuple):
+    """An adapter that a worker loaded, and a digest of its files; None if they could not be read,
+    or changed meanwhile.
+    """
+
+    rank: tuple[int, int]
+    number: int
+    name: tuple[str, str]
+    digest: bytes | None
+
+
 @dataclass
 class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Stores that are over, by the number of workers that say so, and those that failed."""
+    """Stores that are over, by the number of workers that say so, and those that failed. What was
+    loaded before counts first.
+    """
 
     over: Counter[int]
     failed: set[int]
+    loaded: list[Loaded] = field(default_factory=list)
     registered: dict[tuple[int, int], Registered] = field(default_factory=dict)
     """With a worker's first report: beside other connectors vLLM hands on one handshake only."""
 
@@ -124,5 +139,6 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
         return Report(
             self.over + other.over,
             self.failed | other.failed,
+            self.loaded + other.loaded,
             self.registered | other.registered,
         )

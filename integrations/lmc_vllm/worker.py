@@ -2,10 +2,10 @@
 
     before the forward   fence: stores of freed blocks are over; early stores are done here
     after the forward    loads begin; stores of what the forward filled begin
-    every step           what is over is reported
+    every step           what is over is reported, and which adapters were loaded
 
-Owned by the worker's thread, but for `take_report`, which a scheduler in the same process may call
-too (one thread runs both).
+Owned by the worker's thread, but for `take_report` and `take_adapters`, which a scheduler in the
+same process may call too (one thread runs both).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,12 @@ from lmc.tiers.arena import Arena
 from lmc.transfer import Copier, Job, Piece, Transfer, resolve
 
 from . import compat
+from .adapters import digest_of
 from .pools import pools_of
-from .wire import Load, Move, Place, Registered, Report, Step, Store, machine_id
+from .wire import Load, Loaded, Move, Place, Registered, Report, Step, Store, machine_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lmc.transfer import PagedPool
 
@@ -52,6 +54,7 @@ class WorkerSide:
         self._void: set[str] = set()  # loads under way that nobody wants any more
         self._over: Counter[int] = Counter()
         self._failed: set[int] = set()
+        self._adapters: list[Loaded] = []
         self._introduced = False  # whether a report said who this is
 
     # --- start
@@ -122,21 +125,35 @@ class WorkerSide:
         return over | failed, failed
 
     def take_report(self) -> Report | None:
-        """Stores that are over since the last call."""
+        """Stores that are over and adapters that were loaded since the last call."""
         for number in [number for number, job in self._stores.items() if job.done()]:
             error = self._stores.pop(number).error
             self._over[number] += 1
             if error is not None:
                 log.error("lmc could not copy blocks: %s", error)
                 self._failed.add(number)
-        if self._introduced and not self._over:
+        if self._introduced and not self._over and not self._adapters:
             return None
-        report = Report(self._over, self._failed)
+        report = Report(self._over, self._failed, self.take_adapters())
         if not self._introduced and self._pools:
             self._introduced = True
             report.registered[self._rank] = self.registered()
         self._over, self._failed = Counter(), set()
         return report
+
+    @contextmanager
+    def loading(self, lora: Any) -> Iterator[None]:
+        """Around vLLM's reading of an adapter: what was there before and after was read."""
+        before = _digest_of(lora)
+        yield
+        digest = before if before == _digest_of(lora) else None
+        name = (lora.lora_name, lora.lora_path)
+        self._adapters.append(Loaded(self._rank, lora.lora_int_id, name, digest))
+
+    def take_adapters(self) -> list[Loaded]:
+        """Adapters that were loaded since the last call, in order."""
+        taken, self._adapters = self._adapters, []
+        return taken
 
     def finish_stores(self, more: Sequence[Store]) -> None:
         """Have all stores end now, and `more` that no step will bring; waits for FINISH_S at most.
@@ -195,3 +212,11 @@ class WorkerSide:
                 ]
                 transfers.append(Transfer(pool, torch.tensor(move.block_ids), pieces))
         return transfers
+
+
+def _digest_of(lora: Any) -> bytes | None:
+    try:
+        return digest_of(compat.adapter_folder(lora), is_3d=lora.is_3d_lora_weight)
+    except OSError as error:
+        log.info("lmc cannot tell adapter %s apart from others: %s", lora.lora_name, error)
+        return None

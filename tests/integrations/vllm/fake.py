@@ -38,10 +38,12 @@ def seed_of(*what: object) -> int:
 
 
 def extend(chain: list[int], tokens: Sequence[int], seed: int) -> None:
-    """Bring a chain, one number a token that stands for all tokens up to it, to all of `tokens`."""
-    at = chain[-1] if chain else seed
+    """Bring a chain, one number a token that stands for all tokens up to it, to all of `tokens`.
+    `seed` counts for each: it may change under way.
+    """
+    at = chain[-1] if chain else 0
     for token in tokens[len(chain) :]:
-        at = (at * 6364136223846793005 + token + 1442695040888963407) & MASK
+        at = (at * 6364136223846793005 + token + seed) & MASK
         chain.append(at)
 
 

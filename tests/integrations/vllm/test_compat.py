@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
@@ -64,3 +65,14 @@ def test_hashes_are_those_of_every_process(name):
     from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
 
     assert resolve_none_hash_seed(get_hash_fn_by_name(name)) == "vllm-none-hash"
+
+
+def test_vllm_calls_the_blocks_of_an_adapter_by_its_name_and_path():
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
+
+    keys = [
+        _gen_lora_extra_hash_keys(SimpleNamespace(lora_request=LoRARequest("a", number, "/b")))
+        for number in (1, 2)
+    ]
+    assert keys == [[("lora", "a", "/b")]] * 2

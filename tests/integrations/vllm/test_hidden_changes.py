@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.config import MultiModalConfig
-from vllm.lora.request import LoRARequest
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.processing import ProcessorInputs
@@ -24,12 +23,6 @@ from tests.integrations.vllm.harness import Worker
 STATES = {"specs": mamba(4, "align"), "block": 64, "mamba_mode": "align"}
 
 
-def adapter(folder, weights: bytes, **more) -> LoRARequest:
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    return LoRARequest("an adapter", 1, str(folder), **more)
-
-
 def names(engine) -> list:
     return [lane.store.namespace for lane in engine.lmc.lanes]
 
@@ -38,13 +31,6 @@ def test_kv_that_hangs_on_later_tokens_is_refused(engine):
     specs = {name: replace(spec, non_causal=True) for name, spec in full(2).items()}
     with pytest.raises(ValueError, match="lmc"):
         engine(specs)
-
-
-def test_an_adapter_changed_in_place_is_another_one_for_plain_requests_too(engine, tmp_path):
-    one, ids, place = engine(loras=True), prompt(1, 300), tmp_path / "a"
-    one.run([ids], lora_request=adapter(place, b"weights"))
-    one.again([ids], lora_request=adapter(place, b"others!", load_inplace=True))
-    assert one.again([ids], lora_request=adapter(place, b"others!")) == [300]
 
 
 def train(worker, *_: object, **__: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
@@ -18,12 +17,6 @@ MODELS = {
 def change(one, **how: bool) -> bool:
     one.weights += 1
     return one.scheduler.reset_prefix_cache(reset_connector=True, **how)
-
-
-def adapter(folder, weights: bytes, number: int = 1, **more) -> LoRARequest:
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    return LoRARequest("an adapter", number, str(folder), **more)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -134,36 +127,3 @@ def test_lasting_tiers_get_nothing_of_changed_weights(engine, tmp_path):
     one.run([prompt(1, 300)])
     assert one.count("disk.written") == 0
     assert one.again([prompt(1, 300)]) == [12]
-
-
-def test_adapters_are_told_apart_by_their_weights(engine, tmp_path):
-    one = engine(loras=True)
-    ids = prompt(1, 300)
-    first = adapter(tmp_path / "a", b"weights")
-    one.run([ids], lora_request=first)
-    assert one.again([ids]) == [300]
-    assert one.again([ids], lora_request=first) == [12]
-    one.lmc._adapters.forget()  # as after a restart
-    changed = adapter(tmp_path / "a", b"others!")
-    assert one.again([ids], lora_request=changed) == [300]
-    one.lmc._adapters.forget()
-    assert one.again([ids], lora_request=adapter(tmp_path / "a", b"weights")) == [12]
-
-
-def test_the_configuration_of_an_adapter_tells_it_apart(engine, tmp_path):
-    one = engine(loras=True)
-    ids, lora = prompt(1, 300), adapter(tmp_path / "a", b"weights")
-    for alpha in (8, 16):
-        (tmp_path / "a" / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
-        one.lmc._adapters.forget()
-        assert one.again([ids], lora_request=lora) == [300]
-
-
-def test_an_adapter_changed_in_place_shares_with_nobody(engine, tmp_path):
-    one = engine(loras=True, LMC_TIERS=f"file://{tmp_path / 'tier'}?gb=1")
-    ids = prompt(1, 300)
-    for _ in range(2):
-        assert one.again(
-            [ids], lora_request=adapter(tmp_path / "a", b"weights", load_inplace=True)
-        ) == [300]
-    assert one.count("disk.written") == 0
