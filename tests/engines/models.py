@@ -290,6 +290,29 @@ def make_tiny_mellum(out: Path) -> None:
     save_random(lambda: AutoModelForCausalLM.from_config(config), out)
 
 
+def make_adapter(out: Path, seed: int) -> None:
+    """A random LoRA adapter of rank 8 for `tiny-llama`, as peft would save it: strong enough that
+    answers are others. One that is there is replaced.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    rank, width = 8, TINY["hidden_size"]
+    source = torch.Generator().manual_seed(seed)
+    heights = {"q_proj": width, "k_proj": width // 2, "v_proj": width // 2, "o_proj": width}
+    weights = {}
+    for layer in range(4):
+        for name, height in heights.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{at}.lora_A.weight"] = 0.1 * torch.randn(rank, width, generator=source)
+            weights[f"{at}.lora_B.weight"] = 0.1 * torch.randn(height, rank, generator=source)
+    out.mkdir(exist_ok=True)
+    save_file(weights, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"r": rank, "lora_alpha": 2 * rank, "target_modules": list(heights)}
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
 def save_random(build: Callable[[], PreTrainedModel], out: Path) -> None:
     import torch
 

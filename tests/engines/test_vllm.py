@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engines.models import model
+from tests.engines.models import make_adapter, model
 from tests.engines.vllm_engine import Answer, VllmEngine
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Asked:
     prompt: list[int]
     first: Answer
     own: Answer
+    options: dict[str, object] = field(default_factory=dict)
 
 
 def same(a: Answer, b: Answer) -> bool:
@@ -96,9 +97,17 @@ def same(a: Answer, b: Answer) -> bool:
     )
 
 
-def ask_twice(engine: VllmEngine, prompt: list[int], num_tokens: int = 6) -> Asked:
-    (first,), (own,) = engine.ask([prompt], num_tokens), engine.ask([prompt], num_tokens)
-    return Asked(prompt, first, own)
+def ask_twice(
+    engine: VllmEngine, prompt: list[int], num_tokens: int = 6, **options: object
+) -> Asked:
+    first, own = (engine.ask([prompt], num_tokens, **options)[0] for _ in range(2))
+    return Asked(prompt, first, own, options)
+
+
+def ask_again(engine: VllmEngine, asked: Asked, **options: object) -> Answer:
+    """The same, with nothing in vLLM's own cache."""
+    engine.flush()
+    return engine.ask([asked.prompt], len(asked.own.output_ids), **asked.options, **options)[0]
 
 
 def check_back(asked: Asked, back: Answer, block: int = BLOCK) -> None:
@@ -113,8 +122,7 @@ def check_back(asked: Asked, back: Answer, block: int = BLOCK) -> None:
 
 def check_flushed(engine: VllmEngine, asked: Sequence[Asked], block: int = BLOCK) -> None:
     for one in asked:
-        engine.flush()
-        check_back(one, engine.ask([one.prompt], len(one.own.output_ids))[0], block)
+        check_back(one, ask_again(engine, one), block)
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -218,12 +226,15 @@ TINY = pytest.mark.parametrize(
             {"disable_hybrid_kv_cache_manager": True},
             id="sliding windows as full attention",
         ),
+        pytest.param("tiny-llama", BLOCK, {"tensor_parallel_size": 2}, id="two workers"),
     ],
 )
 
 
 class TestOtherPools:
-    """Latent attention, and sliding windows beside full attention: groups of their own, or one."""
+    """Latent attention; sliding windows beside full attention: groups of their own, or one; heads
+    shared out among workers, each a process.
+    """
 
     @TINY
     def test_from_ram_and_in_a_new_process_as_the_engines_own_hit(
@@ -242,6 +253,36 @@ class TestOtherPools:
             check_flushed(engine, asked, block)
         with start(name, lmc=False, LMC_ENABLE="1", LMC_RAM_GB="0.5", **settings) as engine:
             check_flushed(engine, asked, block)
+
+
+class TestAdapters:
+    def test_an_adapter_hits_what_its_own_weights_left(
+        self, start: Callable[..., VllmEngine], tmp_path: Path
+    ) -> None:
+        """The third adapter is trained again between the processes."""
+        places = [tmp_path / name for name in ("one", "two", "three")]
+        for seed, place in enumerate(places):
+            make_adapter(place, seed)
+        adapters = [None, *((place.name, n, str(place)) for n, place in enumerate(places, 1))]
+        settings = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8, **IN_PROCESS}
+        settings["LMC_TIERS"] = f"file://{tmp_path / 'chunks'}"
+        prompt = tokens(1000, seed=5)
+        with start("tiny-llama", **settings) as engine:
+            asked = [ask_twice(engine, prompt, adapter=adapter) for adapter in adapters]
+            check_strangers(asked)
+            check_flushed(engine, asked)
+        make_adapter(places[2], seed=3)
+        with start("tiny-llama", **settings) as engine:
+            check_flushed(engine, asked[:3])
+            retrained = ask_twice(engine, prompt, adapter=adapters[3])
+            check_strangers([*asked, retrained])
+            check_flushed(engine, [retrained])
+
+
+def check_strangers(asked: Sequence[Asked]) -> None:
+    """None found anything of another's, and no answer is another's."""
+    assert [one.first.cached_tokens for one in asked] == [0] * len(asked)
+    assert len({one.own.output_ids for one in asked}) == len(asked)
 
 
 CROWD = 32
