@@ -23,7 +23,7 @@ use_env() {
     if ! "$PY" -c '' 2> /dev/null || ! fresh "$venv/packages.stamp" "$(packages_stamp "$name")"; then
         make_env "$name"
     fi
-    if ! fresh "$venv/project.stamp" "$(project_stamp)" || ! compgen -G "$ROOT/lmc/cpu/*.so" > /dev/null; then
+    if ! fresh "$venv/project.stamp" "$(project_stamp)" || ! built; then
         install_project "$name"
     fi
     if [[ $name == sglang && ! -e $venv/page-hash.stamp ]]; then
@@ -31,6 +31,8 @@ use_env() {
     fi
     exec 9>&-
 }
+
+built() { compgen -G "$ROOT/lmc/cpu/*.so" > /dev/null && [[ -f $ROOT/lmc/kernels/objects/manifest.json ]]; }
 
 fresh() { [[ -f $1 && $(< "$1") == "$2" ]]; }
 
@@ -41,7 +43,8 @@ packages_stamp() {
 project_stamp() {
     (
         cd "$ROOT"
-        cat pyproject.toml setup.py lmc/cpu/*.c tests/engines/*/pyproject.toml
+        cat pyproject.toml setup.py ci/native.py tests/engines/*/pyproject.toml
+        find lmc -name '*.[ch]' -o -name '*.cu' -o -name '*.hip' | sort | xargs cat
         ls integrations
     ) | sha256sum | cut -c1-64
 }

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Compiles all of lmc that is not Python, with two compilers from PyPI: no CUDA, no ROCm, no GPU.
+
+    python ci/native.py [folder]      into folder/lmc, by default beside the source
+
+    ziglang (clang)    lmc/cpu/liblmc_cpu_*.so, lmc/kernels/objects/gfx*.hsaco
+    NVRTC              lmc/kernels/objects/sm_*.cubin, and PTX for the NVIDIA GPUs that come later
+
+manifest.json beside the objects says what they were made from and what each kernel takes. The same
+source gives the same bytes. Another compiler than pyproject.toml pins, or none, is an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OBJECTS = Path("lmc/kernels/objects")
+MANIFEST = OBJECTS / "manifest.json"
+
+CPU_ARCHES = ("x86_64", "aarch64")
+CUDA_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
+HIP_ARCHES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+HEADERS = ("lmc/kernels/platform.h", "lmc/kernels/pages.h")
+CUDA_SOURCES = ("lmc/cuda/pages.cu", "lmc/cuda/device.h", *HEADERS)
+HIP_SOURCES = ("lmc/hip/pages.hip", "lmc/hip/device.h", *HEADERS)
+
+GLIBC = "2.17"  # manylinux2014
+CPU_FLAGS = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-s"]
+# glibc's own memcpy, not the slower one of zig's compiler-rt
+CPU_LINK = ["-shared", "-nostdlib", "-lc"]
+HIP_FLAGS = [
+    *("-x", "hip", "--offload-device-only", "-nogpuinc", "-nogpulib", "-std=c++17", "-O3"),
+    *("-Wall", "-Wextra", "-Werror", "-mcode-object-version=5"),
+    "-fuse-cuid=none",  # no name made from the folder: same source, same bytes
+]
+CUDA_FLAGS = ["-std=c++17", "--ptxas-options=-v"]  # -v: registers and spills, in the log
+
+Kernels = dict[str, dict[str, int]]
+
+
+def build(folder: Path, source: Path = ROOT) -> None:
+    """Everything, into `folder`/lmc."""
+    check_compilers()
+    for part in (Path("lmc/cpu"), OBJECTS):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        libraries = [pool.submit(cpu_library, arch, folder, source) for arch in CPU_ARCHES]
+        objects = {arch: pool.submit(cuda_object, arch, folder, source) for arch in CUDA_ARCHES}
+        objects |= {arch: pool.submit(hip_object, arch, folder, source) for arch in HIP_ARCHES}
+        for library in libraries:
+            library.result()
+        rows = {arch: row(folder, arch, made.result()) for arch, made in objects.items()}
+    manifest = {"source": source_hash(source), "compilers": pins(), "objects": rows}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def outputs() -> list[str]:
+    """All that `build` writes, from its folder."""
+    libraries = [f"lmc/cpu/liblmc_cpu_{arch}.so" for arch in CPU_ARCHES]
+    objects = [str(OBJECTS / file_of(arch)) for arch in (*CUDA_ARCHES, *HIP_ARCHES)]
+    return [*libraries, *objects, str(MANIFEST)]
+
+
+def file_of(arch: str) -> str:
+    suffix = {"sm": "cubin", "compute": "ptx"}.get(arch.split("_")[0], "hsaco")
+    return f"{arch}.{suffix}"
+
+
+def row(folder: Path, arch: str, kernels: Kernels) -> dict[str, object]:
+    """An object in the manifest; `kernels` is empty for PTX, which the driver compiles."""
+    image = (folder / OBJECTS / file_of(arch)).read_bytes()
+    return {
+        "file": file_of(arch),
+        "vendor": "hip" if arch in HIP_ARCHES else "cuda",
+        "bytes": len(image),
+        "sha256": hashlib.sha256(image).hexdigest(),
+        "kernels": kernels,
+    }
+
+
+def source_hash(source: Path = ROOT) -> str:
+    digest = hashlib.sha256()
+    for name in sorted({*CUDA_SOURCES, *HIP_SOURCES}):
+        digest.update(name.encode() + b"\0" + (source / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def pins() -> dict[str, str]:
+    """The compilers of pyproject.toml: {package: version}."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = project["build-system"]["requires"]
+    return dict(pin.split("==") for pin in needed if "==" in pin)
+
+
+def check_compilers() -> None:
+    for package, version in pins().items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found != version:
+            raise SystemExit(f"the compiler {package} is {found}: pip install {package}=={version}")
+
+
+def zig(*words: str) -> str:
+    """Runs zig; its standard output. What it complains about is in the error."""
+    command = [sys.executable, "-m", "ziglang", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    return done.stdout
+
+
+def cpu_library(arch: str, folder: Path, source: Path = ROOT) -> None:
+    target = f"{arch}-linux-gnu.{GLIBC}"
+    library = folder / f"lmc/cpu/liblmc_cpu_{arch}.so"
+    code = source / "lmc/cpu/pages.c"
+    zig("cc", "-target", target, *CPU_FLAGS, *CPU_LINK, str(code), "-o", str(library))
+
+
+def hip_object(arch: str, folder: Path, source: Path = ROOT) -> Kernels:
+    """Assembly, and the object from that very assembly."""
+    assembly = hip_assembly(arch, source)
+    with tempfile.TemporaryDirectory() as name:
+        text, linkable = Path(name, f"{arch}.s"), Path(name, f"{arch}.o")
+        text.write_text(assembly, encoding="utf-8")
+        assembler = ["-cc1as", "-triple", "amdgcn-amd-amdhsa", "-target-cpu", arch]
+        zig("clang", *assembler, "-filetype", "obj", str(text), "-o", str(linkable))
+        linker = ["ld.lld", "-m", "elf64_amdgpu", "-shared", "--no-undefined"]
+        zig(*linker, str(linkable), "-o", str(folder / OBJECTS / file_of(arch)))
+    return hip_kernels(assembly)
+
+
+def hip_assembly(arch: str, source: Path = ROOT) -> str:
+    code = source / HIP_SOURCES[0]
+    target = [f"--offload-arch={arch}", "-I", str(source), "-S", str(code), "-o", "-"]
+    return zig("clang", *HIP_FLAGS, *target)
+
+
+def hip_kernels(assembly: str) -> Kernels:
+    """What each kernel takes, by the metadata in the assembly."""
+    found: Kernels = {}
+    listed = assembly.partition("amdhsa.kernels:")[2].partition("amdhsa.target:")[0]
+    for entry in listed.split("\n  - ")[1:]:
+        field = dict(re.findall(r"(\w+): +(\w+)", entry))
+        found[field["name"]] = {
+            "registers": int(field["vgpr_count"]),
+            "spills": int(field["vgpr_spill_count"]) + int(field["sgpr_spill_count"]),
+            "stack_bytes": int(field["private_segment_fixed_size"]),
+        }
+    return dict(sorted(found.items()))
+
+
+def cuda_object(arch: str, folder: Path, source: Path = ROOT) -> Kernels:
+    image, log = cuda_image(arch, source)
+    (folder / OBJECTS / file_of(arch)).write_bytes(image)
+    return cuda_kernels(log)
+
+
+def cuda_image(arch: str, source: Path = ROOT) -> tuple[bytes, str]:
+    """A cubin (sm_*) or PTX (compute_*), and the compiler's words."""
+    (file,) = (f for f in metadata.files("nvidia-cuda-nvrtc-cu12") or () if f.match("libnvrtc.so*"))
+    nvrtc = ctypes.CDLL(str(file.locate()))
+    code, *headers = [(source / name).read_bytes() for name in CUDA_SOURCES]
+    names = [name.encode() for name in CUDA_SOURCES[1:]]
+    options = [f"--gpu-architecture={arch}".encode(), *(flag.encode() for flag in CUDA_FLAGS)]
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program),
+        code,
+        CUDA_SOURCES[0].encode(),
+        len(names),
+        _strings(headers),
+        _strings(names),
+    )
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
+    log = _result(nvrtc, "ProgramLog", program).rstrip(b"\0").decode()
+    if failed:
+        raise SystemExit(f"{CUDA_SOURCES[0]} for {arch}\n{log}")
+    if arch.startswith("compute"):
+        return _result(nvrtc, "PTX", program).rstrip(b"\0"), log
+    return _result(nvrtc, "CUBIN", program), log
+
+
+def _strings(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * len(values))(*values)
+
+
+def _result(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
+    return text.raw
+
+
+def cuda_kernels(log: str) -> Kernels:
+    """What each kernel takes, by ptxas -v."""
+    kernel = re.compile(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = {
+        name: {
+            "registers": int(registers),
+            "spills": int(stores) + int(loads),
+            "stack_bytes": int(stack),
+        }
+        for name, stack, stores, loads, registers in kernel.findall(log)
+    }
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
