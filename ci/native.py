@@ -130,15 +130,8 @@ def cpu_library(arch: str, folder: Path, source: Path = ROOT) -> None:
 
 
 def hip_object(arch: str, folder: Path, source: Path = ROOT) -> Kernels:
-    """Assembly, and the object from that very assembly."""
     assembly = hip_assembly(arch, source)
-    with tempfile.TemporaryDirectory() as name:
-        text, linkable = Path(name, f"{arch}.s"), Path(name, f"{arch}.o")
-        text.write_text(assembly, encoding="utf-8")
-        assembler = ["-cc1as", "-triple", "amdgcn-amd-amdhsa", "-target-cpu", arch]
-        zig("clang", *assembler, "-filetype", "obj", str(text), "-o", str(linkable))
-        linker = ["ld.lld", "-m", "elf64_amdgpu", "-shared", "--no-undefined"]
-        zig(*linker, str(linkable), "-o", str(folder / OBJECTS / file_of(arch)))
+    assemble(assembly, arch, folder / OBJECTS / file_of(arch))
     return hip_kernels(assembly)
 
 
@@ -146,6 +139,16 @@ def hip_assembly(arch: str, source: Path = ROOT) -> str:
     code = source / HIP_SOURCES[0]
     target = [f"--offload-arch={arch}", "-I", str(source), "-S", str(code), "-o", "-"]
     return zig("clang", *HIP_FLAGS, *target)
+
+
+def assemble(assembly: str, arch: str, image: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        text, linkable = Path(name, f"{arch}.s"), Path(name, f"{arch}.o")
+        text.write_text(assembly, encoding="utf-8")
+        assembler = ["-cc1as", "-triple", "amdgcn-amd-amdhsa", "-target-cpu", arch]
+        zig("clang", *assembler, "-filetype", "obj", str(text), "-o", str(linkable))
+        linker = ["ld.lld", "-m", "elf64_amdgpu", "-shared", "--no-undefined"]
+        zig(*linker, str(linkable), "-o", str(image))
 
 
 def hip_kernels(assembly: str) -> Kernels:

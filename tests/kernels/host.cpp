@@ -1,0 +1,64 @@
+// A vendor's device code, its device.h included, as plain C++ for this machine: a thread is a call. Threads of all
+// blocks run in a seeded shuffled order, since nothing may depend on it. Built with -DSOURCE and -DCUDA or -DHIP.
+#include <algorithm>
+#include <cstddef>
+#include <random>
+#include <utility>
+#include <vector>
+
+static unsigned host_thread, host_block;
+
+#if defined(CUDA)
+#    define __device__
+#    define __global__
+#    define __forceinline__ inline
+#    define __launch_bounds__(threads)
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+static const struct {
+    const unsigned& x;
+} threadIdx{host_thread}, blockIdx{host_block};
+template <class Word>
+Word __ldg(const Word* p) {
+    return *p;
+}
+template <class Word>
+Word __ldcg(const Word* p) {
+    return *p;
+}
+template <class Word>
+Word __ldcs(const Word* p) {
+    return *p;
+}
+template <class Word>
+void __stcg(Word* p, Word word) {
+    *p = word;
+}
+template <class Word>
+void __stcs(Word* p, Word word) {
+    *p = word;
+}
+#elif defined(HIP)
+#    define __builtin_amdgcn_workitem_id_x() host_thread
+#    define __builtin_amdgcn_workgroup_id_x() host_block
+#    define __builtin_nontemporal_load(p) (*(p))
+#    define __builtin_nontemporal_store(word, p) (*(p) = (word))
+#endif
+
+#include SOURCE
+
+extern "C" size_t host_args_bytes() { return sizeof(lmc_pages); }
+extern "C" unsigned host_block_threads() { return LMC_BLOCK; }
+
+extern "C" void host_launch(bool gather, const lmc_pages* args, unsigned seed) {
+    std::vector<std::pair<unsigned, unsigned>> threads;
+    for (unsigned block = 0; block < args->grid; ++block)
+        for (unsigned thread = 0; thread < LMC_BLOCK; ++thread) threads.emplace_back(block, thread);
+    std::shuffle(threads.begin(), threads.end(), std::mt19937(seed));
+    for (const auto& [block, thread] : threads) {
+        host_block = block;
+        host_thread = thread;
+        gather ? lmc_gather(*args) : lmc_scatter(*args);
+    }
+}

@@ -1,0 +1,132 @@
+"""The kernels move what the torch reference moves, in every way to run them without a GPU."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmc.kernels import BLOCK, PagesArgs
+from lmc.transfer.pages import PagedPool, Piece, Transfer
+from lmc.transfer.reference import TorchBackend
+
+from .cases import CASES, moved_by
+from .executors import (
+    CDNA,
+    HOSTS,
+    PTX,
+    ROOT,
+    SANITIZE,
+    Executor,
+    Host,
+    Interpreted,
+    KernelBackend,
+    host_library,
+)
+from .memory import Fault
+
+Executors = Callable[[str], Executor]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*HOSTS, *PTX, *CDNA])
+def test_moves_what_the_reference_moves(name: str, case: str, executor_of: Executors) -> None:
+    got = moved_by(KernelBackend(executor_of(name)), CASES[case])
+    want = moved_by(TorchBackend(), CASES[case])
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7, 64])
+@pytest.mark.parametrize("wave", [1, 8, 32, 64, 256])
+def test_any_grid_and_any_crew_will_do(grid: int, wave: int, executor_of: Executors) -> None:
+    host = executor_of("hip-host")
+    assert isinstance(host, Host)
+    backend = KernelBackend(Host(host.path, wave), grid)
+    for case in ("mla and its indexer", "odd rows", "recurrent states", "many short pieces"):
+        got, want = (moved_by(mover, CASES[case]) for mover in (backend, TorchBackend()))
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_argument_is_the_struct_of_the_source(name: str, executor_of: Executors) -> None:
+    host = executor_of(name)
+    assert isinstance(host, Host)
+    assert host.library.host_args_bytes() == len(bytes(PagesArgs()))
+    assert host.library.host_block_threads() == BLOCK
+
+
+@pytest.mark.parametrize("name", [*PTX, *CDNA])
+def test_words_of_all_widths_were_moved(name: str, executor_of: Executors) -> None:
+    """The cases reach every path: each of them loads and stores by words of its own."""
+    executor = executor_of(name)
+    assert isinstance(executor, Interpreted)
+    executor.executed.clear()
+    for case in ("rows of 8", "rows of 4", "odd rows", "mla fp8"):
+        moved_by(KernelBackend(executor), CASES[case])
+    ops = [op.split(".")[-2:] if name in PTX else op.split("_")[1:] for op in executor.executed]
+    wide = [["cs", "u8"], ["cs", "u32"], ["cs", "u64"], ["v4", "u32"]]
+    if name in CDNA:
+        wide = [["store", width] for width in ("byte", "dword", "dwordx2", "dwordx4")]
+    assert all(width in ops for width in wide)
+
+
+def stray_transfer() -> Transfer:
+    """A page id past the pool, as a bug of ours would let it through."""
+    pool = PagedPool([torch.zeros(4, 64, dtype=torch.uint8)])
+    chunk = torch.zeros(2 * 64, dtype=torch.uint8)
+    transfer = Transfer(pool, torch.tensor([0, 1]), [Piece(chunk.data_ptr(), 2, 0, 2)])
+    transfer.page_ids[1] = 4
+    return transfer
+
+
+@pytest.mark.parametrize("name", [*PTX, *CDNA])
+def test_interpreters_see_a_read_outside_the_pool(name: str, executor_of: Executors) -> None:
+    with pytest.raises(Fault, match="outside of every buffer"):
+        KernelBackend(executor_of(name)).gather(stray_transfer(), range(1))
+
+
+SANITIZED = """
+import sys, torch
+from pathlib import Path
+from lmc.transfer.reference import TorchBackend
+from tests.kernels.cases import CASES, moved_by
+from tests.kernels.executors import Host, KernelBackend
+from tests.kernels.test_kernels import stray_transfer
+
+backend = KernelBackend(Host(Path(sys.argv[1]), int(sys.argv[2])))
+for name, case in CASES.items():
+    assert all(map(torch.equal, moved_by(backend, case), moved_by(TorchBackend(), case))), name
+print("all cases passed", flush=True)
+backend.gather(stray_transfer(), range(1))
+"""
+
+
+@pytest.mark.parametrize(("vendor", "wave"), [("cuda", 32), ("hip", 64)])
+def test_sanitizers_pass_all_cases_and_see_a_stray_page(
+    vendor: str, wave: int, tmp_path: Path
+) -> None:
+    library = host_library(vendor, tmp_path, ROOT, SANITIZE)
+    preload = " ".join(
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library), str(wave)],
+        cwd=ROOT,
+        env={
+            "LD_PRELOAD": preload,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONMALLOC": "malloc",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all cases passed\n", done.stderr
+    assert "AddressSanitizer: heap-" in done.stderr
+    assert "pages.h:" in done.stderr
