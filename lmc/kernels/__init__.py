@@ -5,7 +5,7 @@ Two ops, `lmc_gather` and `lmc_scatter`, of blocks of BLOCK threads. Knows no dr
 """
 
 from lmc.kernels.args import BLOCK, GATHER, SCATTER, PagesArgs, Tables, before, pages_args, starts
-from lmc.kernels.images import ImageError, Vendor, check, choose, load
+from lmc.kernels.images import ImageError, Vendor, check, choose, listed, load
 
 __all__ = [
     "BLOCK",
@@ -18,6 +18,7 @@ __all__ = [
     "before",
     "check",
     "choose",
+    "listed",
     "load",
     "pages_args",
     "starts",

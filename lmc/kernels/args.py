@@ -19,6 +19,8 @@ SLICE_BYTES = 4096
 
 _ROW = 4  # int64 of a plane (base, num_pages, page_stride, page_bytes) or a piece
 _WORD_BYTES = 16
+_UNROLL = 4  # LMC_UNROLL
+_LINE_WORDS = 8  # 128 bytes: what a crew loads together is no less, where a page has as much
 _LIMIT = 2**31
 
 
@@ -70,7 +72,7 @@ def pages_args(
     grid: int,
 ) -> PagesArgs | None:
     """The argument that moves the chosen planes of all pieces with `grid` blocks; None where there
-    is nothing to move. Crews are as wide as a page has 16-byte words, and at most `wave`.
+    is nothing to move. `wave` is the widest crew.
     """
     max_pages = max(pieces[3::_ROW], default=0)
     if not chosen or not max_pages:
@@ -92,8 +94,10 @@ def pages_args(
 
 
 def _crew_bits(page_bytes: int, wave: int) -> int:
-    words = min(-(-page_bytes // _WORD_BYTES), wave)
-    return (words - 1).bit_length()
+    """As few threads as have the whole page in flight: other pages are for the others."""
+    words = -(-page_bytes // _WORD_BYTES)
+    crew = max(-(-words // _UNROLL), min(words, _LINE_WORDS))
+    return (min(crew, wave) - 1).bit_length()
 
 
 def _small(name: str, value: int) -> int:

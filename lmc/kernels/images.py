@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Image", "ImageError", "Vendor", "check", "choose", "images", "load"]
+__all__ = ["Image", "ImageError", "Vendor", "check", "choose", "listed", "load"]
 
 OBJECTS = Path(__file__).with_name("objects")
 PTX = "compute_80"
@@ -49,21 +49,21 @@ class Image(NamedTuple):
 
 
 @functools.cache
-def images() -> dict[str, Image]:
+def listed() -> dict[str, Image]:
     """By architecture: sm_90, compute_80, gfx942."""
     try:
-        listed = json.loads((OBJECTS / "manifest.json").read_text(encoding="utf-8"))["objects"]
+        rows = json.loads((OBJECTS / "manifest.json").read_text(encoding="utf-8"))["objects"]
     except FileNotFoundError as error:
         raise ImageError(f"no GPU objects were built: {error.filename} is missing") from None
     return {
         arch: Image(arch, Vendor(row["vendor"]), row["file"], row["sha256"])
-        for arch, row in listed.items()
+        for arch, row in rows.items()
     }
 
 
 def choose(vendor: Vendor, arch: str) -> Image:
     """The image for a GPU that calls itself `arch`: sm_90, or gfx942:sramecc+:xnack-."""
-    known = images()
+    known = listed()
     exact = known.get(arch.partition(":")[0])
     if exact and exact.vendor is vendor:
         return exact
