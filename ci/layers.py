@@ -7,11 +7,14 @@
 Left may import right, never back. `cli` may import all, only `__main__` imports it; nobody imports
 `testing`. Also: the core imports the standard library and xxhash alone; nothing unpickles or
 evaluates what comes from outside; LMC_* is read in config.py; broad excepts stand in the guard.
+What belongs to one vendor's GPUs is named in lmc/cuda or lmc/hip alone, and the device code that
+both share has no #if.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,6 +58,13 @@ CLIENTS = {
 
 FORBIDDEN = frozenset({"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
 FORBIDDEN_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
+VENDOR_NAMES = {
+    "cuda": re.compile(r"(cu|cuda|nvrtc)[A-Z]\w*|__(ld|st)[a-z]{1,2}|__device__|(thread|block)Idx"),
+    "hip": re.compile(r"(hip|hiprtc)[A-Z]\w*|__builtin_amdgcn_\w+|address_space"),
+}
+"""Calls of a driver, and words of device code, by the one part of lmc that may use them."""
+SHARED_DEVICE_CODE = "lmc/kernels/"
+NATIVE_SUFFIXES = (".c", ".h", ".cu", ".hip")
 GUARD = "lmc/tiers/guard.py"
 SETTINGS = "lmc/config.py"
 
@@ -82,7 +92,28 @@ def check(root: Path) -> list[Found]:
             name = path.relative_to(root).as_posix()
             tree = ast.parse(path.read_text(encoding="utf-8"), name)
             found += [Found(name, line, what) for line, what in check_file(name, tree)]
+    for path in sorted((root / "lmc").rglob("*")):
+        if path.suffix in NATIVE_SUFFIXES:
+            name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+            found += [Found(name, line, what) for line, what in check_native(name, text)]
     return found
+
+
+def check_native(name: str, text: str) -> Iterator[tuple[int, str]]:
+    """What is wrong in a file of C or device code; comments may say what they like."""
+    comment = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+    code = comment.sub(lambda found: "\n" * found[0].count("\n"), text)
+    for number, line in enumerate(code.splitlines(), 1):
+        for word in re.findall(r"\w+", line):
+            yield from ((number, what) for what in check_vendor(place(name)[1], word))
+        if name.startswith(SHARED_DEVICE_CODE) and re.match(r"\s*#\s*(if|el)", line):
+            yield number, "shared device code has no #if: what differs stands in a device.h"
+
+
+def check_vendor(part: str, word: str) -> Iterator[str]:
+    for vendor, names in VENDOR_NAMES.items():
+        if part != vendor and names.fullmatch(word):
+            yield f"names {word}, which lmc/{vendor} alone may"
 
 
 def check_file(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -152,6 +183,14 @@ def _whole(package: str, part: str) -> str:
 
 
 def check_node(name: str, package: str, part: str, node: ast.AST) -> Iterator[tuple[int, str]]:
+    match node:
+        case (
+            ast.Name(id=word)
+            | ast.Attribute(attr=word)
+            | ast.alias(name=word)
+            | ast.Constant(value=str(word))
+        ):
+            yield from ((node.lineno, what) for what in check_vendor(part, word))
     match node:
         case ast.Call(func=ast.Name(id=called)) if called in FORBIDDEN_CALLS:
             yield node.lineno, f"calls {called}"

@@ -50,6 +50,9 @@ def test_every_part_of_lmc_has_its_place() -> None:
         ("lmc/config.py", "import os\nos.environ['LMC_SALT']"),
         ("integrations/lmc_sglang/switch.py", "import os\nos.environ.get('SGLANG_X')"),
         ("lmc/transfer/ops.py", "model.eval()"),
+        ("lmc/cuda/driver.py", "library.cuLaunchKernel()\ngetattr(library, 'cudaHostRegister')"),
+        ("lmc/hip/driver.py", "library.hipModuleLaunchKernel()"),
+        ("lmc/transfer/ops.py", "'says cuMemcpyBatchAsync'\ntorch.cuda.synchronize()"),
     ],
 )
 def test_what_is_allowed(name: str, source: str) -> None:
@@ -111,12 +114,36 @@ def test_what_is_allowed(name: str, source: str) -> None:
         ("lmc/cli/x.py", "environ['LMC_SALT']", "reads LMC_*"),
         ("lmc/cli/x.py", "os.environ[name]", "reads LMC_*"),
         ("lmc/tiers/disk.py", "read(os.environ)", "reads the environment"),
+        ("lmc/transfer/x.py", "library.cuInit(0)", "names cuInit, which lmc/cuda alone may"),
+        ("lmc/hip/driver.py", "getattr(library, 'cudaHostRegister')", "names cudaHostRegister"),
+        ("lmc/cuda/driver.py", "library.hipInit(0)", "names hipInit, which lmc/hip alone may"),
+        ("integrations/lmc_vllm/x.py", "x.hipHostMalloc()", "names hipHostMalloc"),
     ],
 )
 def test_what_is_refused(name: str, source: str, what: str) -> None:
     found = complaints(name, source)
     assert found
     assert what in found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "what"),
+    [
+        ("lmc/kernels/pages.h", "int i = threadIdx.x;", "names threadIdx"),
+        ("lmc/kernels/pages.h", "__ldcs(p);", "names __ldcs"),
+        ("lmc/kernels/pages.h", "/* here */ __builtin_amdgcn_workitem_id_x();", "names __builtin"),
+        ("lmc/kernels/pages.h", "#ifdef __HIP__", "no #if"),
+        ("lmc/kernels/pages.h", "#  elif X", "no #if"),
+        ("lmc/cuda/pages.cu", "hipMalloc();", "names hipMalloc"),
+        ("lmc/hip/device.h", "x = blockIdx.x;", "names blockIdx"),
+        ("lmc/cpu/pages.c", "cuInit(0);", "names cuInit"),
+    ],
+)
+def test_device_code_that_is_refused(name: str, source: str, what: str) -> None:
+    comment = "// hipInit, cuInit, __ldcs\n/*\n#if\n*/\n"
+    ((line, found),) = layers.check_native(name, comment + source)
+    assert line == 5
+    assert what in found
 
 
 def test_the_command_says_file_and_line(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from ci import native
+
 ROOT = Path(__file__).parents[2]
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -38,15 +40,20 @@ planes = array("q", [pool.buffer_info()[0], 4, 8, 8])
 pieces = array("q", [chunk.buffer_info()[0], 2, 0, 2])
 cpu.Pages().gather(planes, range(1), pieces, ids.buffer_info()[0], 2)
 assert chunk.tolist() == [*range(16, 24), *range(8)]
+
+from lmc import kernels
+images = [kernels.load(image) for image in kernels.listed().values()]
+assert len(images) == 13, len(images)
 print(lmc.__file__)
 """
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Standard output of a command whose Python sees nothing of this checkout."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LMC_"))}
+    environment |= variables
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,8 +71,16 @@ def clean_copy(target: Path) -> Path:
 
 
 def build_flags() -> list[str]:
-    here = all(find_spec(module) for module in ("setuptools", "ziglang"))
-    return ["--no-build-isolation"] if here else []
+    try:
+        native.check_compilers()
+    except SystemExit:
+        return []
+    return ["--no-build-isolation"] if find_spec("setuptools") else []
+
+
+def use(python: Path, folder: Path) -> str:
+    """Where lmc was used from, in a folder that is not its own, with no compiler to be found."""
+    return run(python, "-c", USE, cwd=folder, PATH=str(folder))
 
 
 def empty_environment(folder: Path) -> Path:
@@ -106,6 +121,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(archive: zipfile.ZipFile)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"[sglang.srt.plugins]" in archive.read(entry_points)
+    assert set(native.outputs()) <= set(names)
 
 
 @pytest.mark.parametrize("arch", ELF_MACHINES)
@@ -122,10 +138,10 @@ def test_the_libraries_are_for_their_architecture_and_an_old_glibc(
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     python = empty_environment(tmp_path / "venv")
     run(python, "-m", "pip", "install", wheel, cwd=tmp_path)
-    assert run(python, "-c", USE, cwd=tmp_path).startswith(str(tmp_path / "venv"))
+    assert use(python, tmp_path).startswith(str(tmp_path / "venv"))
 
 
 def test_an_editable_install_builds_beside_the_source(sources: Path, tmp_path: Path) -> None:
     python = empty_environment(tmp_path / "venv")
     run(python, "-m", "pip", "install", "-e", sources, cwd=tmp_path)
-    assert run(python, "-c", USE, cwd=tmp_path).startswith(str(sources))
+    assert use(python, tmp_path).startswith(str(sources))
