@@ -96,8 +96,10 @@ need_tools() {
     elif ! "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null; then
         missing+=(python3-venv)
     fi
-    if [[ $1 == sglang ]]; then
+    if [[ $1 == dev || $1 == sglang ]]; then # sanitizers; SGLang's page hash
         command -v g++ > /dev/null || missing+=(g++)
+    fi
+    if [[ $1 == sglang ]]; then
         command -v ninja > /dev/null || missing+=(ninja-build)
         has_header openssl/sha.h || missing+=(libssl-dev)
         [[ -f $(python_include)/Python.h ]] || missing+=(python3-dev)

@@ -6,7 +6,7 @@
 
 The list is mutants.toml: a piece of source, and what it is replaced by. Where the piece is not
 found exactly once the list is out of date, which is an error as well. Prints each bug, and the test
-that saw it.
+that saw it. Those in device code are for tests/kernels/test_planted.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("lmc", "tests/core", "pyproject.toml")
@@ -36,10 +36,24 @@ class Bug(NamedTuple):
     new: str
 
 
+class KernelBug(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    seen_by: list[str]  # ways to run device code
+
+
 def planted() -> list[Bug]:
-    """The list, from mutants.toml."""
-    listed = tomllib.loads(ROOT.joinpath("ci", "mutants.toml").read_text(encoding="utf-8"))
-    return [Bug(**bug) for bug in listed["bug"]]
+    return [Bug(**bug) for bug in _listed()["bug"]]
+
+
+def planted_kernels() -> list[KernelBug]:
+    return [KernelBug(**bug) for bug in _listed()["kernel"]]
+
+
+def _listed() -> dict[str, list[dict[str, Any]]]:
+    return tomllib.loads(ROOT.joinpath("ci", "mutants.toml").read_text(encoding="utf-8"))
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -53,7 +67,7 @@ def copy(source: Path, folder: Path) -> None:
             shutil.copy(source / part, folder / part)
 
 
-def plant(bug: Bug, folder: Path) -> None:
+def plant(bug: Bug | KernelBug, folder: Path) -> None:
     """Put a bug into a copy. Raises ValueError if it does not fit."""
     path = folder / "lmc" / bug.file
     text = path.read_text(encoding="utf-8")

@@ -18,6 +18,11 @@ def test_planted_bug_fits_the_source(bug: mutants.Bug) -> None:
     compile(text.replace(bug.old, bug.new), bug.file, "exec")
 
 
+@pytest.mark.parametrize("bug", mutants.planted_kernels(), ids=lambda bug: bug.name)
+def test_planted_bug_fits_the_device_code(bug: mutants.KernelBug) -> None:
+    assert (ROOT / "lmc" / bug.file).read_text(encoding="utf-8").count(bug.old) == 1
+
+
 def test_bug_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     mutants.copy(ROOT, tmp_path)
     with pytest.raises(ValueError, match=r"gone: found 0 times in lmc/keys.py"):

@@ -2,6 +2,7 @@
 both engines, and transfers of all kinds.
 """
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from lmc.transfer.ops import Backend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 
 BF16 = torch.bfloat16
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 TOKENS, HEADS, DIM, LAYERS = 48, 2, 64, 2
 RowOfPieces = tuple[tuple[int, int, int], ...]  # chunk_pages, first, pages
 
@@ -74,19 +76,59 @@ def rows(
 
 ONE: RowOfPieces = ((6, 0, 6),)
 SOME: RowOfPieces = ((8, 2, 5), (8, 0, 0), (3, 0, 1), (4, 1, 3))
-MANY: RowOfPieces = ((16, 0, 16), (16, 9, 4), (3, 0, 1))
+MANY: RowOfPieces = ((16, 2, 13), (16, 9, 4), (3, 0, 1))
 
 
 @dataclass(frozen=True)
 class Case:
+    """A gather, and a scatter to other pages: called, it is all memory of both sides after each."""
+
     pool: Callable[[Layout], PagedPool]
     pieces: RowOfPieces = ONE
     planes: range | None = None
     repeats: bool = False
     shift: int = 0  # of the chunks
 
+    def __call__(self, backend: Backend) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        layout = Layout()
+        pool = self.pool(layout)
+        planes = range(len(pool.planes)) if self.planes is None else self.planes
+        sizes = [pool.chunk_bytes(chunk_pages) + 80 for chunk_pages, _, _ in self.pieces]
+        chunks = [torch.full((size,), 0xEE, dtype=torch.uint8) for size in sizes]
+        places = [chunk.data_ptr() + self.shift for chunk in chunks]
+        pieces = [Piece(place, *piece) for place, piece in zip(places, self.pieces, strict=True)]
+        count = sum(piece.pages for piece in pieces)
+        page_ids, other_ids = (torch.randperm(pool.num_pages)[:count] for _ in range(2))
+        if self.repeats:
+            page_ids = torch.randint(pool.num_pages, (count,))
+        backend.gather(Transfer(pool, page_ids, pieces), planes)
+        seen = [memory.clone() for memory in (*layout.memory, *chunks)]
+        backend.scatter(Transfer(pool, other_ids, pieces), planes)
+        return [*seen, *layout.memory, *chunks]
 
-CASES: dict[str, Case] = {
+
+def past_4_gib(backend: Backend) -> list[torch.Tensor]:
+    """Pages 5 GiB apart, and the end of a chunk of planes of 8 GiB; hardly any of it is real."""
+    row, stride, chunk_pages = 64, 5 << 30, (8 << 30) // 64
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    pool_memory, chunk = (
+        torch.frombuffer(mmap.mmap(-1, size, flags), dtype=torch.uint8)
+        for size in (3 * stride, 2 * chunk_pages * row)
+    )
+    planes = [pool_memory[at:].as_strided((3, row), (stride, 1)) for at in (0, 4096)]
+    for seed, plane in enumerate(planes):
+        plane.copy_(torch.arange(3 * row).view(3, row) + seed)
+    pool = PagedPool(planes)
+    pieces = [Piece(chunk.data_ptr(), chunk_pages, chunk_pages - 2, 2)]
+    ends = [chunk[at - 2 * row : at] for at in (chunk_pages * row, 2 * chunk_pages * row)]
+    backend.gather(Transfer(pool, torch.tensor([2, 0]), pieces), range(2))
+    seen = [end.clone() for end in ends]
+    backend.scatter(Transfer(pool, torch.tensor([1, 2]), pieces), range(2))
+    return [*seen, *(plane.clone() for plane in planes)]
+
+
+CASES: dict[str, Callable[[Backend], list[torch.Tensor]]] = {
     "sglang nhd page 1": Case(lambda at: sglang(at, 1), MANY),
     "sglang nhd page 16": Case(lambda at: sglang(at, 16), ((3, 0, 3),)),
     "sglang nhd page 64": Case(lambda at: sglang(at, 64), ((4, 1, 2),)),
@@ -100,7 +142,7 @@ CASES: dict[str, Case] = {
     "mla fp8": Case(lambda at: rows(at, 576, 656), MANY),
     "mla and its indexer": Case(lambda at: rows(at, 1152, 132, 1152, 132), SOME),
     "k and v differ": Case(lambda at: rows(at, 384, 256, 384, 256), SOME, range(1, 4)),
-    "recurrent states": Case(lambda at: rows(at, 9000, pages=6), ((5, 2, 3),)),
+    "recurrent states": Case(lambda at: rows(at, 17000, pages=9), ((9, 2, 6), (2, 1, 1))),
     "rows of 8": Case(lambda at: rows(at, 8, 40, 1000), MANY),
     "rows of 4": Case(lambda at: rows(at, 4, 132, 5000), SOME),
     "odd rows": Case(lambda at: rows(at, 1, 7, 577, 33), SOME),
@@ -116,29 +158,5 @@ CASES: dict[str, Case] = {
     "no pieces": Case(lambda at: rows(at, 128), ()),
     "empty pieces": Case(lambda at: rows(at, 128), ((4, 2, 0), (1, 0, 0))),
     "no planes": Case(lambda at: rows(at, 128, 128), SOME, range(1, 1)),
+    "past 4 GiB": past_4_gib,
 }
-
-
-def moved_by(backend: Backend, case: Case) -> list[torch.Tensor]:
-    """All memory of both sides after a gather, and again after a scatter to other pages."""
-    torch.manual_seed(1)
-    layout = Layout()
-    pool = case.pool(layout)
-    planes = case.planes if case.planes is not None else range(len(pool.planes))
-    chunks = [
-        torch.full((pool.chunk_bytes(of) + 80,), 0xEE, dtype=torch.uint8) for of, *_ in case.pieces
-    ]
-    pieces = [
-        Piece(chunk.data_ptr() + case.shift, *piece)
-        for chunk, piece in zip(chunks, case.pieces, strict=True)
-    ]
-    count = sum(piece.pages for piece in pieces)
-    if case.repeats:
-        page_ids = torch.randint(pool.num_pages, (count,))
-    else:
-        page_ids = torch.randperm(pool.num_pages)[:count]
-    seen = []
-    backend.gather(Transfer(pool, page_ids, pieces), planes)
-    seen += [memory.clone() for memory in (*layout.memory, *chunks)]
-    backend.scatter(Transfer(pool, torch.randperm(pool.num_pages)[:count], pieces), planes)
-    return [*seen, *layout.memory, *chunks]

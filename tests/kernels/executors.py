@@ -8,24 +8,30 @@ gfx90a, gfx942, gfx950    the assembly of the objects that ship
 
 import ctypes
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from ci import native
 from lmc import cuda, hip
 from lmc.kernels import BLOCK, GATHER, SCATTER, PagesArgs, Tables, before, pages_args, starts
+from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
+from lmc.transfer.reference import TorchBackend
 
 from . import cdna, ptx
-from .memory import Memory
+from .cases import CASES
+from .memory import Fault, Memory
 
 HOSTS = ("cuda-host", "hip-host")
 PTX = ("compute_80", "compute_100")
 CDNA = ("gfx90a", "gfx942", "gfx950")
 ROOT = native.ROOT
-GRID = 3
+GRID = 2  # few, so that every crew has several slices to move
 HOST_FLAGS = ["-std=c++17", "-g", "-shared", "-fPIC", "-Wno-attributes", "-Wno-unknown-pragmas"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -104,6 +110,39 @@ def host_library(vendor: str, folder: Path, source: Path, flags: list[str] | Non
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return library
+
+
+def run_sanitized(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with the sanitizers' libraries, for libraries made with SANITIZE."""
+    asked = ["g++", "-print-file-name=libasan.so", "-print-file-name=libubsan.so"]
+    found = [
+        subprocess.run([asked[0], word], capture_output=True, text=True, check=True).stdout.strip()
+        for word in asked[1:]
+    ]
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=ROOT,
+        env={
+            "LD_PRELOAD": " ".join(found),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "PYTHONMALLOC": "malloc",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def judge(backend: Backend) -> str | None:
+    """The first case in which a backend and the reference differ, or None."""
+    for name, case in CASES.items():
+        try:
+            if not all(map(torch.equal, case(backend), case(TorchBackend()))):
+                return name
+        except Fault as fault:
+            return f"{name}: {fault}"
+    return None
 
 
 def make(name: str, folder: Path, source: Path = ROOT) -> Executor:
