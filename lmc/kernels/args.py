@@ -1,7 +1,8 @@
 """The argument of both ops: `lmc_pages` in pages.h, by value, the same for both vendors.
 
-Its tables lie in the device's memory: the rows of a pool and of a transfer as they are, two columns
-made from them here, and the page ids. All stay unchanged until the kernel is done.
+Its tables lie in the device's memory: the rows of a pool and of a transfer, two columns made from
+them here, and the page ids. All stay unchanged until the kernel is done. A chunk's address is the
+one that the device knows it by, which on AMD is not the host's.
 """
 
 import ctypes
