@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,10 +51,19 @@ Kernels = dict[str, dict[str, int]]
 
 
 def build(folder: Path, source: Path = ROOT) -> None:
-    """Everything, into `folder`/lmc."""
+    """Everything, into `folder`/lmc. Files are replaced whole: a process may be using them."""
     check_compilers()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as name:
+        compile_all(Path(name), source)
+        for output in outputs():
+            (folder / output).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(name, output), folder / output)
+
+
+def compile_all(folder: Path, source: Path) -> None:
     for part in (Path("lmc/cpu"), OBJECTS):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part).mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
         libraries = [pool.submit(cpu_library, arch, folder, source) for arch in CPU_ARCHES]
         objects = {arch: pool.submit(cuda_object, arch, folder, source) for arch in CUDA_ARCHES}
