@@ -1,4 +1,4 @@
-"""The compiled images beside this file, in objects/, and which of them serves a GPU.
+"""The compiled objects beside this file, images to a driver, and which of them serves a GPU.
 
 objects/manifest.json (written by ci/native.py) lists them. An image is used for the architecture it
 names, PTX for every NVIDIA GPU from compute capability 8.0 on that has none of its own. Bytes that

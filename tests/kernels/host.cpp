@@ -6,7 +6,9 @@
 #include <utility>
 #include <vector>
 
-static unsigned host_thread, host_block;
+static thread_local struct {
+    unsigned x;
+} threadIdx, blockIdx;
 
 #if defined(CUDA)
 #    define __device__
@@ -16,9 +18,6 @@ static unsigned host_thread, host_block;
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-static const struct {
-    const unsigned& x;
-} threadIdx{host_thread}, blockIdx{host_block};
 template <class Word>
 Word __ldg(const Word* p) {
     return *p;
@@ -40,8 +39,8 @@ void __stcs(Word* p, Word word) {
     *p = word;
 }
 #elif defined(HIP)
-#    define __builtin_amdgcn_workitem_id_x() host_thread
-#    define __builtin_amdgcn_workgroup_id_x() host_block
+#    define __builtin_amdgcn_workitem_id_x() threadIdx.x
+#    define __builtin_amdgcn_workgroup_id_x() blockIdx.x
 #    define __builtin_nontemporal_load(p) (*(p))
 #    define __builtin_nontemporal_store(word, p) (*(p) = (word))
 #endif
@@ -57,8 +56,8 @@ extern "C" void host_launch(bool gather, const lmc_pages* args, unsigned seed) {
         for (unsigned thread = 0; thread < LMC_BLOCK; ++thread) threads.emplace_back(block, thread);
     std::shuffle(threads.begin(), threads.end(), std::mt19937(seed));
     for (const auto& [block, thread] : threads) {
-        host_block = block;
-        host_thread = thread;
+        blockIdx.x = block;
+        threadIdx.x = thread;
         gather ? lmc_gather(*args) : lmc_scatter(*args);
     }
 }

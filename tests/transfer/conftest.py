@@ -1,4 +1,6 @@
-"""Pools and chunks for transfer tests, and every backend that works on this machine."""
+"""Pools and chunks for transfer tests, and every backend that works on this machine: also the GPUs'
+kernels, compiled for the host.
+"""
 
 from collections.abc import Callable
 
@@ -10,6 +12,7 @@ from lmc.transfer.native import CpuBackend
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import PagedPool, Piece
 from lmc.transfer.reference import TorchBackend
+from tests.kernels.executors import HOSTS, KernelBackend, make
 
 
 def _cpu(path: cpu.CopyPath) -> Callable[[], Backend]:
@@ -24,9 +27,17 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backend]:
+    folder = tmp_path_factory.mktemp("hosts")
+    return {name: KernelBackend(make(name, folder)) for name in HOSTS}
+
+
+@pytest.fixture(params=[*BACKENDS, *HOSTS])
+def backend(request: pytest.FixtureRequest, hosts: dict[str, Backend]) -> Backend:
     name: str = request.param
+    if name in hosts:
+        return hosts[name]
     if name.startswith("cpu"):
         if reason := cpu.missing():
             pytest.skip(reason)
