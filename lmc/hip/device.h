@@ -1,4 +1,5 @@
-// Device code on AMD: clang's builtins alone, so that neither HIP's headers nor ROCm's device libraries are needed.
+// Device code on AMD: clang's builtins alone, so that neither HIP's headers nor ROCm's device
+// libraries are needed.
 #pragma once
 #include "lmc/kernels/platform.h"
 
@@ -8,8 +9,8 @@
 
 typedef lmc_u32 lmc_b16 __attribute__((vector_size(16)));
 
-// Memory of the device or mapped into it. Without these words an address that was read from memory is "flat" to
-// clang, and every access through it is slower.
+// Memory of the device or mapped into it. Without these words an address that was read from memory
+// is "flat" to clang, and every access through it is slower.
 template <class Word>
 using lmc_global = __attribute__((address_space(1))) Word;
 

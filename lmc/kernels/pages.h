@@ -1,10 +1,13 @@
-// Gather and scatter of pages between a paged pool and chunks, on raw pointers; the same for every vendor.
+// Gather and scatter of pages between a paged pool and chunks, on raw pointers; one body for every
+// vendor.
 //
-// A page is an opaque run of bytes of any size and alignment. The work is planes x pieces x pages x slices, a slice
-// being slice_bytes of a page. Crews of 1 << crew_bits threads, of any number and in any order, take every
-// num_crews-th slice. Pieces and pages may differ in size: slices that lie outside of one are passed over.
+// A page is an opaque run of bytes of any size and alignment. The work is planes x pieces x pages x
+// slices, a slice being slice_bytes of a page. Crews of 1 << crew_bits threads, any number of them
+// in any order, take every num_crews-th slice. Pieces and pages may differ in size: slices that lie
+// outside of one are passed over.
 //
-// The widest word that a slice's two addresses and its size allow moves it: 16, 8, 4 bytes, or single ones.
+// The widest word that a slice's two addresses and its size allow moves it: 16, 8 or 4 bytes, or
+// single ones.
 #pragma once
 
 struct lmc_plane {
@@ -90,30 +93,39 @@ LMC_DEVICE void lmc_copy(lmc_u64 page, lmc_u64 chunk, lmc_u32 bytes, lmc_u32 lan
 }
 
 template <bool GATHER>
+LMC_DEVICE void lmc_move_slice(const lmc_pages& a, const lmc_place& at, lmc_u32 lane,
+                               lmc_u32 crew) {
+    const lmc_plane* plane = a.planes + at.plane;
+    const lmc_piece* piece = a.pieces + at.piece;
+    const lmc_i64 page_bytes = lmc_load(&plane->page_bytes);
+    const lmc_i64 skip = (lmc_i64)at.slice * a.slice_bytes, left = page_bytes - skip;
+    if (at.page >= lmc_load(&piece->pages) || left <= 0) return;
+
+    const lmc_i64 page_id = lmc_load(a.page_ids + lmc_load(a.starts + at.piece) + at.page);
+    const lmc_i64 in_pool = page_id * lmc_load(&plane->page_stride);
+    const lmc_i64 plane_in_chunk = lmc_load(a.before + at.plane) * lmc_load(&piece->chunk_pages);
+    const lmc_i64 page_in_plane = (lmc_load(&piece->first) + at.page) * page_bytes;
+    const lmc_u64 page = lmc_load(&plane->base) + in_pool + skip;
+    const lmc_u64 chunk = lmc_load(&piece->address) + plane_in_chunk + page_in_plane + skip;
+    const lmc_u32 bytes = left < a.slice_bytes ? (lmc_u32)left : a.slice_bytes;
+
+    const lmc_u32 odd = (lmc_u32)page | (lmc_u32)chunk | bytes;
+    if (odd % 16 == 0)
+        lmc_copy<GATHER, lmc_b16>(page, chunk, bytes, lane, crew);
+    else if (odd % 8 == 0)
+        lmc_copy<GATHER, lmc_u64>(page, chunk, bytes, lane, crew);
+    else if (odd % 4 == 0)
+        lmc_copy<GATHER, lmc_u32>(page, chunk, bytes, lane, crew);
+    else
+        lmc_copy<GATHER, lmc_u8>(page, chunk, bytes, lane, crew);
+}
+
+template <bool GATHER>
 LMC_DEVICE void lmc_move(const lmc_pages& a) {
     const lmc_u32 crew = 1u << a.crew_bits, crews = LMC_BLOCK >> a.crew_bits;
     const lmc_u32 lane = lmc_thread() & (crew - 1);
     const lmc_place step = lmc_place_of(a, a.grid * crews);
     lmc_place at = lmc_place_of(a, lmc_block() * crews + (lmc_thread() >> a.crew_bits));
-    for (at.plane += a.first_plane; at.plane < a.end_plane; lmc_advance(a, at, step)) {
-        const lmc_piece* piece = a.pieces + at.piece;
-        const lmc_plane* plane = a.planes + at.plane;
-        const lmc_i64 page_bytes = lmc_load(&plane->page_bytes);
-        const lmc_i64 skip = (lmc_i64)at.slice * a.slice_bytes, left = page_bytes - skip;
-        if (at.page >= lmc_load(&piece->pages) || left <= 0) continue;
-        const lmc_i64 page_id = lmc_load(a.page_ids + lmc_load(a.starts + at.piece) + at.page);
-        const lmc_u64 page = lmc_load(&plane->base) + page_id * lmc_load(&plane->page_stride) + skip;
-        const lmc_u64 chunk = lmc_load(&piece->address) + lmc_load(a.before + at.plane) * lmc_load(&piece->chunk_pages) +
-                              (lmc_load(&piece->first) + at.page) * page_bytes + skip;
-        const lmc_u32 bytes = left < a.slice_bytes ? (lmc_u32)left : a.slice_bytes;
-        const lmc_u32 odd = (lmc_u32)page | (lmc_u32)chunk | bytes;
-        if (odd % 16 == 0)
-            lmc_copy<GATHER, lmc_b16>(page, chunk, bytes, lane, crew);
-        else if (odd % 8 == 0)
-            lmc_copy<GATHER, lmc_u64>(page, chunk, bytes, lane, crew);
-        else if (odd % 4 == 0)
-            lmc_copy<GATHER, lmc_u32>(page, chunk, bytes, lane, crew);
-        else
-            lmc_copy<GATHER, lmc_u8>(page, chunk, bytes, lane, crew);
-    }
+    for (at.plane += a.first_plane; at.plane < a.end_plane; lmc_advance(a, at, step))
+        lmc_move_slice<GATHER>(a, at, lane, crew);
 }

@@ -5,7 +5,8 @@
 //   lmc_load(p)                           a word of a table
 //   lmc_load_pool(p),  lmc_store_pool(p, word)    a word of the engine's pool
 //   lmc_load_chunk(p), lmc_store_chunk(p, word)   a word of a chunk
-// Words are lmc_b16, lmc_u64, lmc_u32 and lmc_u8, aligned to their size. Types of our own: NVRTC has no <stdint.h>.
+// Words are lmc_b16, lmc_u64, lmc_u32 and lmc_u8, aligned to their size. The types are our own since
+// NVRTC has no <stdint.h>.
 #pragma once
 
 typedef unsigned char lmc_u8;
@@ -14,6 +15,6 @@ typedef unsigned long long lmc_u64;
 typedef long long lmc_i64;
 
 enum : lmc_u32 {
-    LMC_BLOCK = 256,  // threads; the grid is an argument, so that AMD's objects need no hidden ones
+    LMC_BLOCK = 256,  // threads; the grid is in the arguments, so AMD's objects need no hidden ones
     LMC_UNROLL = 4,   // words a thread has in flight
 };

@@ -1,5 +1,6 @@
-// A vendor's device code, its device.h included, as plain C++ for this machine: a thread is a call. Threads of all
-// blocks run in a seeded shuffled order, since nothing may depend on it. Built with -DSOURCE and -DCUDA or -DHIP.
+// A vendor's device code, its device.h included, as plain C++ for this machine: a thread is a call.
+// Threads of all blocks run in a seeded shuffled order, since nothing may depend on it. Built with
+// -DSOURCE and -DCUDA or -DHIP.
 #include <algorithm>
 #include <cstddef>
 #include <random>
