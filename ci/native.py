@@ -7,7 +7,8 @@
     NVRTC              lmc/kernels/objects/sm_*.cubin, and PTX for the NVIDIA GPUs that come later
 
 manifest.json beside the objects says what they were made from and what each kernel takes. The same
-source gives the same bytes. Another compiler than pyproject.toml pins, or none, is an error.
+source gives the same bytes. Another compiler than pyproject.toml pins, or none, is an error. Prints
+what the manifest says.
 """
 
 from __future__ import annotations
@@ -236,5 +237,21 @@ def cuda_kernels(log: str) -> Kernels:
     return dict(sorted(found.items()))
 
 
+def table(manifest: Path) -> str:
+    """The objects, and what their kernels take."""
+    objects = json.loads(manifest.read_text(encoding="utf-8"))["objects"]
+    lines = [f"{'object':<12}{'bytes':>7}  registers, spills, bytes of stack"]
+    for arch, made in objects.items():
+        taken = [f"{name} {tuple(takes.values())}" for name, takes in made["kernels"].items()]
+        lines.append(f"{arch:<12}{made['bytes']:>7}  {' '.join(taken)}".rstrip())
+    return "\n".join(lines)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    build(folder)
+    print(table(folder / MANIFEST))
+
+
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+    main()

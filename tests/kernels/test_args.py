@@ -53,6 +53,18 @@ def test_a_crew_has_a_page_in_flight(page_bytes: int, wave: int, crew: int) -> N
     assert 1 << args.crew_bits == crew
 
 
+@pytest.mark.parametrize("page_tokens", [1, 16, 64, 256])
+@pytest.mark.parametrize("row_bytes", [256, 576, 2048])
+def test_one_layer_of_one_chunk_keeps_many_crews_busy(page_tokens: int, row_bytes: int) -> None:
+    page_bytes, pages = page_tokens * row_bytes, 256 // page_tokens
+    planes = array("q", [64, 999, page_bytes, page_bytes] * 2)
+    pieces = array("q", [64, pages, 0, pages])
+    args = pages_args(planes, range(2), pieces, TABLES, wave=32, grid=1)
+    assert args
+    crews = 2 * args.num_pieces * args.max_pages * args.slices
+    assert crews << args.crew_bits >= 1024  # threads
+
+
 @pytest.mark.parametrize(
     ("chosen", "pieces"), [(range(2, 2), PIECES), (range(3), array("q")), (range(3), PIECES[4:8])]
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lmc.kernels import BLOCK, PagesArgs
+from lmc.transfer.native import CpuBackend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
 
@@ -30,9 +31,10 @@ Executors = Callable[[str], Executor]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [*HOSTS, *PTX, *CDNA])
+@pytest.mark.parametrize("name", ["cpu", *HOSTS, *PTX, *CDNA])
 def test_moves_what_the_reference_moves(name: str, case: str, executor_of: Executors) -> None:
-    got, want = map(CASES[case], (KernelBackend(executor_of(name)), TorchBackend()))
+    backend = CpuBackend() if name == "cpu" else KernelBackend(executor_of(name))
+    got, want = map(CASES[case], (backend, TorchBackend()))
     assert all(map(torch.equal, got, want))
 
 
