@@ -103,6 +103,7 @@ def operand_of(text: str) -> Operand:
     raise Fault(f"unknown operand {text}")
 
 
+@functools.lru_cache
 def lanes_of(mask: int) -> np.ndarray:
     bits = np.frombuffer(mask.to_bytes(8, "little"), np.uint8)
     return np.unpackbits(bits, bitorder="little").astype(bool)
@@ -409,7 +410,11 @@ class Wave:
     def run_vector(self, instruction: Instruction) -> None:
         name, (to, *sources) = instruction.name, instruction.operands
         on = lanes_of(self.special["exec"])
-        if compare := re.fullmatch(r"v_cmp_(\w\w)_([ui])(32|64)", name):
+        if name in VECTOR:
+            kinds, compute = VECTOR[name]
+            values = [self.read(*pair) for pair in zip(sources, kinds, strict=True)]
+            self.write(to, compute(*values))
+        elif compare := re.fullmatch(r"v_cmp_(\w\w)_([ui])(32|64)", name):
             kind = {"u32": "u", "i32": "i", "u64": "U", "i64": "U"}[compare[2] + compare[3]]
             a, b = (self.read(source, kind) for source in sources)
             if compare[2] + compare[3] == "i64":
@@ -435,10 +440,6 @@ class Wave:
         elif name == "v_pk_mov_b32" and sources.pop() == "op_sel:[0,1]":
             low, high = (self.read(source, "U") for source in sources)
             self.write(to, low & U64(MASK32) | high & U64(MASK64 ^ MASK32))
-        elif name in VECTOR:
-            kinds, compute = VECTOR[name]
-            values = [self.read(*pair) for pair in zip(sources, kinds, strict=True)]
-            self.write(to, compute(*values))
         else:
             raise Fault(f"unknown CDNA instruction {instruction.text}")
 

@@ -16,13 +16,16 @@ class Memory:
     """Real memory of this process, by its real addresses."""
 
     def __init__(self) -> None:
-        self._buffers: list[tuple[int, np.ndarray]] = []
+        self._buffers: list[np.ndarray] = []
+        self._bases = self._ends = np.empty(0, U64)
 
     def add(self, buffer: np.ndarray) -> int:
         """Allow the bytes of a contiguous buffer; its address."""
         view = buffer.reshape(-1).view(np.uint8)
-        self._buffers.append((view.ctypes.data, view))
-        self._buffers.sort(key=lambda pair: pair[0])
+        self._buffers.append(view)
+        self._buffers.sort(key=lambda known: known.ctypes.data)
+        self._bases = np.array([known.ctypes.data for known in self._buffers], U64)
+        self._ends = self._bases + np.array([len(known) for known in self._buffers], U64)
         return view.ctypes.data
 
     def add_address(self, address: int, size: int) -> int:
@@ -47,13 +50,11 @@ class Memory:
         """(lanes, their buffer, their bytes in it) of each buffer that is touched."""
         if (odd := addresses % U64(size) != 0).any():
             raise Fault(f"misaligned access of {size} bytes at {int(addresses[odd][0]):#x}")
-        bases = np.array([base for base, _ in self._buffers], U64)
-        ends = np.array([base + len(view) for base, view in self._buffers], U64)
-        found = np.searchsorted(bases, addresses, "right") - 1
-        outside = (found < 0) | (addresses + U64(size) > ends[found])
+        found = np.searchsorted(self._bases, addresses, "right") - 1
+        outside = (found < 0) | (addresses + U64(size) > self._ends[found])
         if outside.any():
             raise Fault(f"address {int(addresses[outside][0]):#x} lies outside of every buffer")
         for index in np.unique(found):
             lanes = np.nonzero(found == index)[0]
-            offsets = (addresses[lanes] - bases[index]).astype(np.int64)
-            yield lanes, self._buffers[index][1], offsets[:, None] + np.arange(size)
+            offsets = (addresses[lanes] - self._bases[index]).astype(np.int64)
+            yield lanes, self._buffers[index], offsets[:, None] + np.arange(size)
