@@ -20,7 +20,7 @@ from .layout import MIN_CHUNK_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-KERNELS = ("auto", "cpu", "torch")
+KERNELS = ("auto", "cpu", "cuda", "hip", "torch")
 SCHEMES = ("file",)
 _GB = 10**9
 
@@ -88,7 +88,7 @@ class Config:
     dropped and counted.
     """
     kernels: str = "auto"
-    """LMC_KERNELS: who moves pages: auto, cpu (native), torch."""
+    """LMC_KERNELS: who moves pages: auto, cpu (native), cuda and hip (kernels), torch."""
     unknown: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod

@@ -36,7 +36,7 @@ from lmc.layout import KVLayout
 from lmc.store import Ticket, TieredStore
 from lmc.tiers import open_tiers
 from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
-from lmc.transfer import Copier, Job, Piece, Transfer, resolve
+from lmc.transfer import Job, Piece, ThreadCopier, Transfer, resolve
 
 from . import compat, pools
 from .identity import Ranks, namespace_of
@@ -133,7 +133,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._ranks = ranks
         self._stage_wait_s = config.stage_wait_s
         self._pages = pool.pages
-        self._copier = Copier(resolve(config.kernels, pool.pages.device))
+        self._copier = ThreadCopier(resolve(config.kernels, pool.pages.device))
         tiers = open_tiers(config)
         self._store = TieredStore(
             self._layout,

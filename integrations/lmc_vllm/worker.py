@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmc.tiers.arena import Arena
-from lmc.transfer import Copier, Job, Piece, Transfer, resolve
+from lmc.transfer import Copier, Job, Piece, Transfer, copier_of, resolve
 
 from . import compat
 from .adapters import digest_of
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmc")
 
 FINISH_S = 2.0
+
+
+def engine_streams() -> list[int]:
+    """The streams a GPU's forwards run in."""
+    return [torch.cuda.current_stream().cuda_stream]
 
 
 class WorkerSide:
@@ -66,7 +71,7 @@ class WorkerSide:
         self._pools = pools_of(self._groups, self._kv_cache_config.num_blocks, kv_caches)
         self._rank = rank
         self._copies_out = rank[1] % replicas == 0
-        self._copier = Copier(resolve(kernels, self._device))
+        self._copier = copier_of(resolve(kernels, self._device), engine_streams)
 
     @property
     def _device(self) -> torch.device:
@@ -94,13 +99,10 @@ class WorkerSide:
     def before_forward(self, step: Step) -> None:
         if step.places is not None:
             self._attach(step.places[self._rank])
-        early = [self._store(store) for store in step.early]
+        early = [self._store(store, hurry=True) for store in step.early]
         wanted = [job for job in [*map(self._stores.get, step.fence), *early] if job is not None]
-        for job in wanted:
-            assert self._copier is not None
-            self._copier.hurry(job)
-        for job in wanted:
-            job.wait()
+        assert self._copier is not None
+        self._copier.fence(wanted)
 
     def start_loads(self, step: Step) -> None:
         self._void.update(self._loads.keys() & set(step.void))
@@ -175,17 +177,20 @@ class WorkerSide:
     def _attach(self, places: Sequence[Place]) -> None:
         try:
             self._places = [(Arena.attach(place.arena), place.bytes_before) for place in places]
+            for arena, _ in self._places:
+                assert self._copier is not None
+                self._copier.pin(arena.slices)
         except OSError as error:
             log.warning("lmc keeps nothing: a worker cannot reach the memory for it: %s", error)
 
-    def _store(self, store: Store) -> Job | None:
+    def _store(self, store: Store, *, hurry: bool = False) -> Job | None:
         if not (self._copies_out and self._places):
             self._over[store.job] += 1
             if not self._places:
                 self._failed.add(store.job)
             return None
         assert self._copier is not None
-        job = self._copier.store(self._transfers(store.moves))
+        job = self._copier.store(self._transfers(store.moves), hurry=hurry)
         self._stores[store.job] = job
         return job
 

@@ -112,6 +112,16 @@ class Arena:
         """Address of the chunk's first byte in this process."""
         return self._base + slot * self.slot_bytes + FRAME_BYTES
 
+    def slices(self, max_bytes: int) -> list[tuple[int, int]]:
+        """All of the memory as (address, bytes) of whole slots: `max_bytes`, or one slot if that is
+        more.
+        """
+        most = max(1, max_bytes // self.slot_bytes)
+        return [
+            (self._base + at * self.slot_bytes, min(most, self.num_slots - at) * self.slot_bytes)
+            for at in range(0, self.num_slots, most)
+        ]
+
     def close(self) -> None:
         """Give the memory back. Views still held elsewhere keep it alive until they go."""
         self._view.release()

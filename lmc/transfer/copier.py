@@ -1,5 +1,5 @@
-"""Background copies between the pool and chunks: one worker thread for stores, one for loads, one
-for stores in a hurry.
+"""Background copies between the pool and chunks: what they look like to their owner (Copier, Job),
+and those by threads: one worker for stores, one for loads, one for stores in a hurry.
 
 A load never queues behind stores, nor does a store that somebody waits for. The caller's thread
 owns the Copier and what its jobs read; a worker owns a job from its start to its end, and the pages
@@ -13,15 +13,55 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from functools import partial
+from typing import Protocol
 
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
 
-__all__ = ["Copier", "Job"]
+__all__ = ["Copier", "Job", "ThreadCopier", "ThreadJob"]
 
 
-class Job:
-    """One transfer in the background. Done with `error` None means every byte arrived."""
+class Job(Protocol):
+    """One transfer in the background. Over with `error` None means every byte arrived."""
+
+    def done(self) -> bool:
+        """Over: finished, failed or cancelled. Never waits."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is over; False when `timeout_s` went by first. Never raises `error`."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the job early; None while it is not over and after a success."""
+
+
+class Copier(Protocol):
+    """Transfers of one job run one after the other; its memory and page ids are left alone until
+    it is over.
+    """
+
+    def pin(self, slices: Callable[[int], Sequence[tuple[int, int]]]) -> None:
+        """Memory in which chunks will lie: `slices(most)` is all of it as (address, bytes), where
+        no chunk straddles two.
+        """
+
+    def store(self, transfers: Sequence[Transfer], *, hurry: bool = False) -> Job:
+        """Gather pages into chunks, all planes of a pool in one call. In a hurry it overtakes the
+        stores that nobody waits for.
+        """
+
+    def load(self, transfers: Sequence[Transfer]) -> Job:
+        """Scatter chunks into pages, all planes of a pool in one call."""
+
+    def fence(self, jobs: Sequence[Job]) -> None:
+        """What the engine does from now on comes after these stores, which overtake others."""
+
+    def close(self) -> None:
+        """Nothing runs any more when this returns; what did not begin never will."""
+
+
+class ThreadJob:
+    """A Job that one of the workers does."""
 
     def __init__(self, queue: ThreadPoolExecutor, work: Callable[[], None]) -> None:
         self._work = work
@@ -30,16 +70,13 @@ class Job:
         self._moving = False
 
     def done(self) -> bool:
-        """Over: finished, failed or cancelled. Never waits."""
         return self._future.done()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until it is over; False when `timeout_s` went by first. Never raises `error`."""
         return not wait_for([self._future], timeout_s).not_done
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the job early; None while it is not over and after a success."""
         if not self._future.done():
             return None
         if self._future.cancelled():
@@ -68,10 +105,8 @@ class Job:
         self._future.add_done_callback(lambda _: None if self._moving else call(self.error))
 
 
-class Copier:
-    """Transfers of one job run one after the other; its memory and page ids are left alone until
-    it is over.
-    """
+class ThreadCopier:
+    """A Copier where the processor does the copying."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -79,21 +114,27 @@ class Copier:
         self._hurried = ThreadPoolExecutor(1, thread_name_prefix="lmc-hurry")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
 
-    def store(self, transfers: Sequence[Transfer]) -> Job:
-        """Gather pages into chunks, all planes of a pool in one call."""
-        return Job(self._stores, partial(self._store, tuple(transfers)))
+    def pin(self, slices: Callable[[int], Sequence[tuple[int, int]]]) -> None:
+        pass  # the processor reaches all memory
 
-    def hurry(self, job: Job) -> None:
-        """Have a store overtake those that nobody waits for."""
-        job.move_to(self._hurried)
+    def store(self, transfers: Sequence[Transfer], *, hurry: bool = False) -> ThreadJob:
+        queue = self._hurried if hurry else self._stores
+        return ThreadJob(queue, partial(self._store, tuple(transfers)))
+
+    def fence(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            assert isinstance(job, ThreadJob)
+            job.move_to(self._hurried)
+        for job in jobs:
+            job.wait()
 
     def load(
         self, transfers: Sequence[Transfer], layer_done: Callable[[int], None] | None = None
-    ) -> Job:
+    ) -> ThreadJob:
         """Scatter chunks into pages, all planes of a pool in one call; with `layer_done`, layer by
         layer (of one pool), and after each the worker calls it.
         """
-        return Job(self._loads, partial(self._load, tuple(transfers), layer_done))
+        return ThreadJob(self._loads, partial(self._load, tuple(transfers), layer_done))
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""

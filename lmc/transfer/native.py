@@ -1,7 +1,5 @@
 """The cpu backend: one call of the native library (`lmc.cpu`) a transfer, the GIL released."""
 
-import torch
-
 from lmc import cpu
 from lmc.transfer.pages import Transfer
 
@@ -12,14 +10,8 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, path: cpu.CopyPath = cpu.CopyPath.BEST) -> None:
+        """Raises OSError where there is no library."""
         self._pages = cpu.Pages(path)
-
-    @staticmethod
-    def refusal(device: torch.device) -> str | None:
-        """Why this backend cannot serve a pool on `device`; None where it can."""
-        if device.type != "cpu":
-            return f"the pool is on {device}"
-        return cpu.missing()
 
     def gather(self, transfer: Transfer, planes: range) -> None:
         self._pages.gather(transfer.pool.table, planes, transfer.table, *_ids(transfer))

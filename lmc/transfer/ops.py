@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 
 from lmc.config import KERNELS
+from lmc.kernels import ImageError
+from lmc.kernels.driver import DriverError
+from lmc.transfer.gpu import GpuBackend
 from lmc.transfer.native import CpuBackend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
@@ -60,12 +63,15 @@ def resolve(name: str, device: torch.device) -> Backend:
         raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(KERNELS)}")
     if name == "torch":
         return _chosen(TorchBackend(), "asked for")
-    refusal = CpuBackend.refusal(device)
-    if refusal is None:
-        return _chosen(CpuBackend(), "asked for" if name == "cpu" else f"pool on {device}")
-    if name == "cpu":
-        raise ValueError(f"kernels 'cpu' cannot serve this pool: {refusal}")
-    return _chosen(TorchBackend(), refusal)
+    backend: Backend
+    try:
+        backend = CpuBackend() if device.type == "cpu" else GpuBackend.of(device)
+        refusal = f"the pool is on {device}"
+    except (ImageError, DriverError, OSError) as error:
+        backend, refusal = TorchBackend(), str(error)
+    if name not in ("auto", backend.name):
+        raise ValueError(f"kernels {name!r} cannot serve this pool: {refusal}")
+    return _chosen(backend, refusal if name == "auto" else "asked for")
 
 
 def _chosen(backend: Backend, reason: str) -> Backend:

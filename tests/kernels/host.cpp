@@ -7,6 +7,10 @@
 #include <utility>
 #include <vector>
 
+#ifndef HOST_CHUNK
+#    define HOST_CHUNK(p) (p)  // a word of a chunk, where this process has it
+#endif
+
 static thread_local struct {
     unsigned x;
 } threadIdx, blockIdx;
@@ -29,7 +33,7 @@ Word __ldcg(const Word* p) {
 }
 template <class Word>
 Word __ldcs(const Word* p) {
-    return *p;
+    return *HOST_CHUNK(p);
 }
 template <class Word>
 void __stcg(Word* p, Word word) {
@@ -37,13 +41,13 @@ void __stcg(Word* p, Word word) {
 }
 template <class Word>
 void __stcs(Word* p, Word word) {
-    *p = word;
+    *HOST_CHUNK(p) = word;
 }
 #elif defined(HIP)
 #    define __builtin_amdgcn_workitem_id_x() threadIdx.x
 #    define __builtin_amdgcn_workgroup_id_x() blockIdx.x
-#    define __builtin_nontemporal_load(p) (*(p))
-#    define __builtin_nontemporal_store(word, p) (*(p) = (word))
+#    define __builtin_nontemporal_load(p) (*HOST_CHUNK(p))
+#    define __builtin_nontemporal_store(word, p) (*HOST_CHUNK(p) = (word))
 #endif
 
 #include SOURCE

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmc import cpu
-from lmc.transfer.copier import Copier, Job
+from lmc.transfer.copier import ThreadCopier, ThreadJob
 from lmc.transfer.native import CpuBackend
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import PagedPool, Transfer
@@ -28,8 +28,10 @@ class Gate(TorchBackend):
     def __init__(self) -> None:
         self.entered = threading.Event()
         self.open = threading.Event()
+        self.order: list[int] = []  # addresses of chunks
 
     def gather(self, transfer: Transfer, planes: range) -> None:
+        self.order.append(transfer.pieces[0].address)
         self.entered.set()
         assert self.open.wait(30)
         super().gather(transfer, planes)
@@ -56,7 +58,7 @@ def test_store_then_load_brings_the_bytes_back(backend: Backend) -> None:
     chunk = Chunk(pool, 8)
     ids, new_ids = torch.randperm(16)[:8], torch.randperm(16)[:8]
     before = [plane[ids] for plane in pool.planes]
-    copier = Copier(backend)
+    copier = ThreadCopier(backend)
     job = copier.store([transfer_of(pool, ids, chunk)])
     assert job.wait()
     assert (job.done(), job.error) == (True, None)
@@ -80,7 +82,7 @@ def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
     def layer_done(layer: int) -> None:
         sums.append([int(plane.sum()) for plane in pool.planes])
 
-    copier = Copier(TorchBackend())
+    copier = ThreadCopier(TorchBackend())
     copier.load([transfer_of(pool, torch.arange(4), chunk)], layer_done)
     copier.close()
     assert sums == [
@@ -93,7 +95,7 @@ def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
 def test_a_load_does_not_queue_behind_stores() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
+    copier = ThreadCopier(gate)
     chunks = [Chunk(pool, 4) for _ in range(4)]
     stores = [copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks[1:]]
     load = copier.load([transfer_of(pool, torch.arange(4), chunks[0])])
@@ -109,7 +111,7 @@ def test_a_job_moves_pages_of_several_pools_in_order(backend: Backend) -> None:
     chunks = [Chunk(pool, 4) for pool in pools]
     ids, new_ids = torch.tensor([3, 1, 0, 7]), torch.tensor([4, 6, 2, 5])
     before = [[plane[ids] for plane in pool.planes] for pool in pools]
-    copier = Copier(backend)
+    copier = ThreadCopier(backend)
     pairs = list(zip(pools, chunks, strict=True))
     copier.store([Transfer(pool, ids, [chunk.piece()]) for pool, chunk in pairs]).wait()
     job = copier.load([Transfer(pool, new_ids, [chunk.piece()]) for pool, chunk in pairs])
@@ -122,7 +124,7 @@ def test_a_job_moves_pages_of_several_pools_in_order(backend: Backend) -> None:
 def test_only_a_queued_job_is_cancelled() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
+    copier = ThreadCopier(gate)
     chunks = [Chunk(pool, 4) for _ in range(3)]
     running, queued, last = (copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks)
     assert gate.entered.wait(30)
@@ -142,7 +144,7 @@ def test_only_a_queued_job_is_cancelled() -> None:
 def test_close_waits_for_what_runs_and_cancels_the_rest() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
+    copier = ThreadCopier(gate)
     chunks = [Chunk(pool, 4) for _ in range(2)]
     running, queued = (
         copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks
@@ -156,40 +158,36 @@ def test_close_waits_for_what_runs_and_cancels_the_rest() -> None:
         copier.store([transfer_of(pool, torch.arange(4), chunks[0])])
 
 
-def test_a_store_in_a_hurry_waits_for_no_other_one() -> None:
+def test_a_fence_has_its_stores_overtake_others() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
-    chunks = [Chunk(pool, 4) for _ in range(3)]
-    running, queued, last = (copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks)
-    assert gate.entered.wait(30)
-    gate.entered.clear()
+    copier = ThreadCopier(gate)
+    chunks = [Chunk(pool, 4) for _ in range(4)]
+    jobs = [copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks[:3]]
     ends: list[BaseException | None] = []
-    last.when_done(ends.append)
-    copier.hurry(running)
-    copier.hurry(last)
-    assert gate.entered.wait(30)  # at the gate, before the one that was there earlier
-    assert ends == []
-    gate.open.set()
-    assert last.wait(30)
+    jobs[2].when_done(ends.append)
+    assert gate.entered.wait(30)
+    early = copier.store([transfer_of(pool, torch.arange(4), chunks[3])], hurry=True)
+    threading.Timer(0.05, gate.open.set).start()
+    copier.fence([jobs[0], jobs[2], early])
     assert ends == [None]
+    assert all(job.done() for job in (jobs[0], jobs[2], early))
     copier.close()
-    assert queued.done()
+    assert gate.order[:2] == [chunk.piece().address for chunk in (chunks[0], chunks[3])]
+    assert jobs[1].done()
     assert torch.equal(chunks[2].payload[: 4 * 96].view(4, 96), pool.planes[0][:4])
 
 
-def test_a_hurried_store_is_cancelled_as_any_other() -> None:
+def test_a_store_that_overtook_others_is_cancelled_as_any_other() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
-    chunks = [Chunk(pool, 4) for _ in range(3)]
-    jobs = [copier.store([transfer_of(pool, torch.arange(4), chunk)]) for chunk in chunks]
+    copier = ThreadCopier(gate)
+    chunks = [Chunk(pool, 4) for _ in range(2)]
+    jobs = [copier.store([transfer_of(pool, torch.arange(4), c)], hurry=True) for c in chunks]
     assert gate.entered.wait(30)
-    for job in jobs:
-        copier.hurry(job)
     ends: list[BaseException | None] = []
-    jobs[2].when_done(ends.append)
-    assert jobs[2].cancel()
+    jobs[1].when_done(ends.append)
+    assert jobs[1].cancel()
     assert [type(end) for end in ends] == [CancelledError]
     gate.open.set()
     copier.close()
@@ -198,7 +196,7 @@ def test_a_hurried_store_is_cancelled_as_any_other() -> None:
 def test_an_error_in_the_worker_travels_in_the_job() -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 4)
-    copier = Copier(Broken(plane=2))
+    copier = ThreadCopier(Broken(plane=2))
     layers: list[int] = []
     job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers.append)
     assert job.wait(30)
@@ -210,7 +208,7 @@ def test_an_error_in_the_worker_travels_in_the_job() -> None:
 
 def test_an_error_in_layer_done_ends_the_load() -> None:
     pool = pool_of_layers()
-    copier = Copier(TorchBackend())
+    copier = ThreadCopier(TorchBackend())
     chunk = Chunk(pool, 4)
     job = copier.load([transfer_of(pool, torch.arange(4), chunk)], lambda layer: [][layer])
     assert job.wait(30)
@@ -220,7 +218,7 @@ def test_an_error_in_layer_done_ends_the_load() -> None:
 
 def test_a_bad_transfer_is_refused_where_it_is_made() -> None:
     pool = pool_of_layers()
-    copier = Copier(TorchBackend())
+    copier = ThreadCopier(TorchBackend())
     with pytest.raises(IndexError, match="outside a pool"):
         copier.store([Transfer(pool, torch.tensor([16]), [Chunk(pool, 1).piece()])])
     copier.close()
@@ -229,7 +227,7 @@ def test_a_bad_transfer_is_refused_where_it_is_made() -> None:
 def test_page_ids_may_change_once_the_job_is_made() -> None:
     pool = pool_of_layers()
     gate = Gate()
-    copier = Copier(gate)
+    copier = ThreadCopier(gate)
     chunk, ids = Chunk(pool, 4), torch.arange(4)
     copier.store([transfer_of(pool, ids, chunk)])
     ids.fill_(9)
@@ -249,7 +247,7 @@ class Timed(CpuBackend):
         self.ended = time.perf_counter()
 
 
-def longest_pause(job: Job, backend: Timed) -> float:
+def longest_pause(job: ThreadJob, backend: Timed) -> float:
     """The longest time, as a share of the copy, in which this thread could not take a step."""
     steps = [time.perf_counter()]
     while not job.done():
@@ -265,7 +263,7 @@ def test_the_gil_is_free_while_a_native_copy_runs() -> None:
     """Holding the GIL, the copy is one pause; a busy machine makes pauses too, hence the tries."""
     pool = random_pool([1 << 20], 8)
     backend = Timed()
-    copier = Copier(backend)
+    copier = ThreadCopier(backend)
     chunk = Chunk(pool, 8)
     again = 200  # into the same chunk: a long call that needs little memory
     pieces, page_ids = [chunk.piece()] * again, torch.arange(8).repeat(again)

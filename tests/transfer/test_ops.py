@@ -1,7 +1,9 @@
 """Every backend moves exactly the bytes that plain indexing says, and refuses the rest."""
 
 import logging
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +186,7 @@ def test_resolve_names_its_choice_once(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_resolve_refuses_unknown_names() -> None:
-    with pytest.raises(ValueError, match="unknown kernels 'fast', choose from auto, cpu, torch"):
+    with pytest.raises(ValueError, match="unknown kernels 'fast', choose from auto, cpu, cuda"):
         resolve("fast", torch.device("cpu"))
 
 
@@ -203,15 +205,20 @@ def test_without_the_library_auto_falls_to_torch_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lmc")
-    monkeypatch.setattr(cpu, "missing", lambda: "no native library: not built")
+    monkeypatch.setattr(cpu, "_library", lambda: cpu.load(Path("/not/built.so")))
     assert resolve("auto", torch.device("cpu")).name == "torch"
-    assert caplog.messages == ["lmc transfer backend: torch (no native library: not built)"]
-    with pytest.raises(ValueError, match="not built"):
+    [line] = caplog.messages
+    assert re.fullmatch(r"lmc transfer backend: torch \(/not/built.so: cannot open.*\)", line)
+    with pytest.raises(ValueError, match=r"cannot serve this pool: /not/built\.so"):
         resolve("cpu", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_choice_of_the_setting_resolves(name: str) -> None:
-    if name == "cpu" and (reason := cpu.missing()):
+def test_every_choice_of_the_setting_serves_or_is_refused_by_name(name: str) -> None:
+    if name in ("cuda", "hip"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot serve .*the pool is on cpu"):
+            resolve(name, torch.device("cpu"))
+    elif name == "cpu" and (reason := cpu.missing()):
         pytest.skip(reason)
-    assert resolve(name, torch.device("cpu")).name in KERNELS
+    else:
+        assert resolve(name, torch.device("cpu")).name in KERNELS

@@ -86,6 +86,8 @@ class Options:
     configure: Callable[[Any], object] | None = None
     """Changes vLLM's configuration once it stands."""
     loras: bool = False
+    gpu: Any = None
+    """A GPU whose memory is the processor's: lmc copies by it, the model runs in its stream."""
 
     def vllm_config(self) -> Any:
         transfer = KVTransferConfig(
@@ -184,6 +186,8 @@ class Worker:
             return result
 
     def _update(self, output: SchedulerOutput) -> None:
+        if self.engine.options.gpu is not None:
+            self.engine.options.gpu.finish()  # what the model's stream was told to wait for
         for request_id in output.finished_req_ids:
             self.contexts.pop(request_id, None)
         copies = output.kv_cache_block_copies
@@ -425,13 +429,13 @@ class SlowStores:
             assert gates[id(transfers)].wait(10), "a store nobody waited for"
             run(transfers)
 
-        def begin(transfers: Any) -> Any:
+        def begin(transfers: Any, **how: bool) -> Any:
             transfers, gate = tuple(transfers), threading.Event()
             gates[id(transfers)] = gate
             self._gates.append((gate, transfers))
             if self.ended:
                 gate.set()
-            job = store(transfers)
+            job = store(transfers, **how)
             wait = job.wait
 
             def waited() -> bool:
@@ -490,20 +494,24 @@ class Engine:
     @contextmanager
     def _lmc(self) -> Iterator[None]:
         """lmc asks vLLM's process groups for its rank, and copies with what its kernels are."""
-        resolve = lmc_vllm.worker.resolve
+        resolve, streams = lmc_vllm.worker.resolve, lmc_vllm.worker.engine_streams
 
-        def gated(*args: Any) -> Copies:
+        def gated(*args: Any) -> Any:
+            if self.options.gpu is not None:
+                return self.options.gpu.backend()
             self.copies.append(Copies(resolve(*args)))
             return self.copies[-1]
 
         kept = lmc_vllm.connector._rank, engine_core.freeze_gc_heap, engine_core.enable_envs_cache
         lmc_vllm.connector._rank = lambda: self.rank
         lmc_vllm.worker.resolve = gated
+        if self.options.gpu is not None:
+            lmc_vllm.worker.engine_streams = lambda: [self.options.gpu.stream]
         engine_core.freeze_gc_heap = engine_core.enable_envs_cache = lambda: None
         try:
             yield
         finally:
-            lmc_vllm.worker.resolve = resolve
+            lmc_vllm.worker.resolve, lmc_vllm.worker.engine_streams = resolve, streams
             (
                 lmc_vllm.connector._rank,
                 engine_core.freeze_gc_heap,

@@ -1,0 +1,193 @@
+"""Transfers in streams of a GPU: the counterpart of `copier`, where no thread waits for a copy.
+
+    store    after what the engine's streams hold now: the step that wrote the pages
+    load     after that as well: a step that still reads the pages must be over
+    layer    an event behind each layer of a load, for which the engine's own stream can wait
+
+Owned by one thread. A transfer's pages, chunks and tables are left alone until its job is over,
+even where it failed half-way: what was put into a stream before that runs to its end.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from lmc.kernels import GATHER, SCATTER
+from lmc.kernels.driver import DriverError
+from lmc.transfer.copier import Copier, Job, ThreadCopier
+from lmc.transfer.gpu import Buffer, GpuBackend
+from lmc.transfer.ops import Backend
+from lmc.transfer.pages import Transfer
+from lmc.transfer.pinning import SLICE_BYTES, Pinner
+
+__all__ = ["StreamCopier", "StreamJob", "copier_of"]
+
+_POLL_S = 0.0002
+
+
+class StreamJob:
+    """One transfer in a stream; as `copier.Job`, but looked at by its owner's thread alone."""
+
+    def __init__(self, backend: GpuBackend) -> None:
+        self._backend = backend
+        self._held: list[Buffer] = []
+        self._events: list[int] = []
+        self._end = 0
+        self._layers: list[int] = []
+        self._over = False
+        self._calls: list[Callable[[BaseException | None], None]] = []
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Over: every byte arrived, or it failed. Never waits."""
+        if not self._over:
+            try:
+                if self._end and not self._backend.driver.event_over(self._end):
+                    return False
+            except DriverError as error:
+                self._error = self._error or error
+            self._finish()
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is over; False when `timeout_s` went by first."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self.done():
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong; None while it is not over and after a success."""
+        return self._error if self.done() else None
+
+    def when_done(self, call: Callable[[BaseException | None], None]) -> None:
+        """Call `call(error)` once it is seen to be over."""
+        self._calls.append(call)
+        self.done()
+
+    def cancel(self) -> bool:
+        """False: what is in a stream runs."""
+        return False
+
+    def let_wait(self, stream: int, layer: int | None = None) -> None:
+        """What is put into a stream from now on runs once this is over, or a layer of this load is
+        there; at once where all is over, or it failed before that layer.
+        """
+        if layer is not None and layer < len(self._layers):
+            self._backend.driver.stream_wait(stream, self._layers[layer])
+        elif layer is None and self._end:
+            self._backend.driver.stream_wait(stream, self._end)
+
+    def _finish(self) -> None:
+        self._over = True
+        for event in (*self._events, *self._layers):
+            self._backend.driver.event_end(event)
+        self._events, self._layers, self._end = [], [], 0
+        self._backend.give_back(self._held)
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call(self._error)
+
+
+class StreamCopier:
+    """`engine_streams` tells the streams that the engine reads and writes pages in, at the time of
+    the call.
+    """
+
+    def __init__(self, backend: GpuBackend, engine_streams: Callable[[], Sequence[int]]) -> None:
+        self._backend, self._driver = backend, backend.driver
+        self._engine_streams = engine_streams
+        self._driver.use(backend.device)
+        self._stores, self._hurried, self._loads = (self._driver.stream() for _ in range(3))
+        self._jobs: list[StreamJob] = []
+        self._pinners: list[Pinner] = []
+        self._closed = False
+
+    def pin(self, slices: Callable[[int], Sequence[tuple[int, int]]]) -> None:
+        """In the background; until then chunks are copied by way of the device's own memory."""
+        self._pinners.append(Pinner(self._backend, slices(SLICE_BYTES)))
+
+    def store(self, transfers: Sequence[Transfer], *, hurry: bool = False) -> StreamJob:
+        """Gather pages into chunks. In a hurry it overtakes the stores that nobody waits for."""
+        job, stream = StreamJob(self._backend), self._hurried if hurry else self._stores
+        with self._filling(job, stream):
+            for transfer in transfers:
+                self._put(job, GATHER, transfer, range(len(transfer.pool.planes)), stream)
+        return job
+
+    def fence(self, jobs: Sequence[Job]) -> None:
+        """What the engine puts into its streams from now on runs after these stores."""
+        for job in jobs:
+            assert isinstance(job, StreamJob)
+            for stream in self._engine_streams():
+                job.let_wait(stream)
+
+    def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> StreamJob:
+        """Scatter chunks into pages; with `layers`, layer by layer (of one pool)."""
+        job = StreamJob(self._backend)
+        with self._filling(job, self._loads):
+            if not layers:
+                for transfer in transfers:
+                    self._put(job, SCATTER, transfer, range(len(transfer.pool.planes)), self._loads)
+                return job
+            (transfer,) = transfers
+            for layer in range(transfer.pool.num_layers):
+                self._put(job, SCATTER, transfer, transfer.pool.layer_planes(layer), self._loads)
+                job._layers.append(self._mark(self._loads))
+        return job
+
+    @contextmanager
+    def _filling(self, job: StreamJob, stream: int) -> Iterator[None]:
+        """What is done inside runs after what the engine has put into its streams; a call that the
+        driver refuses ends it, and the job is over when what came before it is.
+        """
+        self._jobs = [other for other in self._jobs if not other.done()]
+        self._jobs.append(job)
+        self._driver.use(self._backend.device)
+        try:
+            for other in self._engine_streams():
+                event = self._mark(other)
+                job._events.append(event)
+                self._driver.stream_wait(stream, event)
+            yield
+        except DriverError as error:
+            job._error = error
+        try:
+            job._end = self._mark(stream)
+            job._events.append(job._end)
+        except DriverError as error:  # then nobody knows when the buffers are free again
+            job._error = job._error or error
+            job._held = []
+
+    def _put(self, job: StreamJob, op: str, transfer: Transfer, planes: range, stream: int) -> None:
+        self._backend.enqueue(op, transfer, planes, stream, job._held)
+
+    def _mark(self, stream: int) -> int:
+        event = self._driver.event()
+        self._driver.event_record(event, stream)
+        return event
+
+    def close(self) -> None:
+        """Wait for what is under way. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for job in self._jobs:
+            job.wait()
+        self._jobs.clear()
+        for pinner in self._pinners:
+            pinner.close()
+        self._pinners.clear()
+        for stream in (self._stores, self._hurried, self._loads):
+            self._driver.stream_end(stream)
+        self._backend.close()
+
+
+def copier_of(backend: Backend, engine_streams: Callable[[], Sequence[int]]) -> Copier:
+    """Streams where a GPU does the copying, threads elsewhere."""
+    if isinstance(backend, GpuBackend):
+        return StreamCopier(backend, engine_streams)
+    return ThreadCopier(backend)

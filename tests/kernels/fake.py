@@ -1,0 +1,57 @@
+"""The fake drivers (fake_driver.cpp): built, loaded, told what to do wrong."""
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+from ci import native
+from lmc import cuda, hip
+from lmc.cuda.driver import CudaDriver
+from lmc.hip.driver import HipDriver
+from lmc.kernels import Vendor, listed, load
+from lmc.transfer.gpu import GpuBackend
+
+VENDORS = {
+    Vendor.CUDA: (CudaDriver, cuda.POLICY, "sm_90"),
+    Vendor.HIP: (HipDriver, hip.POLICY, "gfx942"),
+}
+
+
+class Fake:
+    """A vendor's fake driver: set what it does wrong, ask what it did."""
+
+    def __init__(self, vendor: Vendor, library: Path) -> None:
+        self.vendor = vendor
+        self.library = ctypes.CDLL(str(library))
+        self.library.fake_count.restype = self.library.fake_left.restype = ctypes.c_int64
+        self.library.fake_reset()
+        make, self.policy, arch = VENDORS[vendor]
+        self.driver = make(str(library))
+        self.image = load(listed()[arch])
+
+    def set(self, name: str, value: int) -> None:
+        self.library.fake_set(name.encode(), ctypes.c_int64(value))
+
+    def count(self, name: str) -> int:
+        return self.library.fake_count(name.encode())
+
+    @property
+    def left(self) -> int:
+        """Streams, events, memory and pins that nobody gave back."""
+        return self.library.fake_left()
+
+    def backend(self, **policy: object) -> GpuBackend:
+        policy = {"grid": 3, "staging_bytes": 1 << 20, **policy}
+        return GpuBackend(self.driver, self.image, replace(self.policy, **policy))
+
+
+def build(vendor: Vendor, folder: Path) -> Path:
+    library = folder / f"{vendor}-driver.so"
+    code = {Vendor.CUDA: native.CUDA_SOURCES[0], Vendor.HIP: native.HIP_SOURCES[0]}[vendor]
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-attributes"]
+    command += ["-Wno-unknown-pragmas", "-I", str(native.ROOT), f"-D{vendor.upper()}"]
+    command += [f'-DSOURCE="{code}"', str(Path(__file__).with_name("fake_driver.cpp"))]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
