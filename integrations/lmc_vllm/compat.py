@@ -195,7 +195,8 @@ LEAVES_WEIGHTS = frozenset(
 )
 """Calls to all workers, as vLLM itself sends them once an engine stands, that leave the model's
 weights as they are. Sleeping, waking up and moving experts about are not among them: whether
-weights come back as they went is theirs to know. Nor is what users add, by whatever name.
+weights come back as they went is theirs to know. Nor is what users add, by whatever name, nor are
+functions that they send, unless these say `lmc_leaves_weights = True` of themselves.
 """
 
 
@@ -228,12 +229,20 @@ def watch_calls(
     Executor.init_kv_output_aggregator = init_kv_output_aggregator
 
 
+def _leaves_weights(method: Any) -> bool:
+    if isinstance(method, str):
+        return method in LEAVES_WEIGHTS
+    return getattr(method, "lmc_leaves_weights", False) is True
+
+
 def _watched(
     call: Callable[..., Any], changed: Callable[[], None], added: Callable[[], None]
 ) -> Callable[..., Any]:
+    told = set()
+
     @functools.wraps(call)
     def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(method, str) and method in LEAVES_WEIGHTS:
+        if _leaves_weights(method):
             result = call(method, *args, **kwargs)
             if method == "add_lora":
                 added()
@@ -241,7 +250,12 @@ def _watched(
         try:
             return call(method, *args, **kwargs)
         finally:  # what failed may have changed some of them
-            log.info("lmc: nothing kept before %s is found again: it may change weights", method)
+            name = method if isinstance(method, str) else getattr(method, "__qualname__", "a call")
+            if name not in told:
+                log.warning(
+                    "lmc: %s may change weights, so nothing kept before is found again", name
+                )
+            told.add(name)
             changed()
 
     return collective_rpc

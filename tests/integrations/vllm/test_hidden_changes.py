@@ -38,6 +38,13 @@ def train(worker, *_: object, **__: object) -> None:
     worker.engine.weights += 1
 
 
+def look(worker) -> None:
+    """What its user knows to be harmless."""
+
+
+look.lmc_leaves_weights = True
+
+
 def fail(worker) -> None:
     train(worker)
     raise OSError("after half of the weights")
@@ -87,6 +94,7 @@ def test_a_call_that_failed_may_have_changed_weights(engine):
         lambda core: core.collective_rpc("get_model_inspection"),
         lambda core: core.collective_rpc("check_health", timeout=10),
         lambda core: core.profile(is_start=True),
+        lambda core: core.collective_rpc(look),
         lambda core: core.save_sharded_state("somewhere"),
         lambda core: core.execute_dummy_batch(),
         lambda core: core.reset_mm_cache(),
