@@ -423,10 +423,10 @@ class SlowStores:
 
     def _slow_down(self, copier: Any) -> None:
         gates: dict[int, threading.Event] = {}
-        store, run = copier.store, copier._store
+        store, run, fence = copier.store, copier._store, copier.fence
 
         def slowly(transfers: Any) -> None:
-            assert gates[id(transfers)].wait(10), "a store nobody waited for"
+            assert gates[id(transfers)].wait(60), "a store nobody waited for"
             run(transfers)
 
         def begin(transfers: Any, **how: bool) -> Any:
@@ -436,17 +436,16 @@ class SlowStores:
             if self.ended:
                 gate.set()
             job = store(transfers, **how)
-            wait = job.wait
-
-            def waited() -> bool:
-                self.fenced += not job.done()
-                gate.set()
-                return wait()
-
-            job.wait = waited
+            job.gate = gate
             return job
 
-        copier.store, copier._store = begin, slowly
+        def wait(jobs: Any) -> None:
+            for job in jobs:
+                self.fenced += not job.done()
+                job.gate.set()
+            fence(jobs)
+
+        copier.store, copier._store, copier.fence = begin, slowly, wait
 
     def let_go(self) -> None:
         """Those that were begun go on."""
