@@ -146,7 +146,7 @@ class VllmEngine:
     def ask(
         self, prompts: Sequence[Sequence[int]], num_tokens: int = 8, **options: Any
     ) -> list[Answer]:
-        """Greedy, all at once."""
+        """Greedy, all at once; `cold` ones look for nothing, in no cache."""
         given = {"prompts": [list(prompt) for prompt in prompts], "num_tokens": num_tokens}
         return [
             Answer(found["cached"], tuple(found["ids"]), tuple(found["logprobs"]), found["ttft_s"])
@@ -158,7 +158,9 @@ class VllmEngine:
         assert self.call("flush", connector=connector)
 
     def counters(self) -> dict[str, float]:
-        """What lmc counted; only with VLLM_ENABLE_V1_MULTIPROCESSING=0 is it within reach."""
+        """What lmc counted, and `preemptions`; only with VLLM_ENABLE_V1_MULTIPROCESSING=0 is it
+        within reach.
+        """
         found: dict[str, float] = self.call("counters")
         return found
 
@@ -206,12 +208,18 @@ class Calls:
         num_tokens: int,
         salt: str | None = None,
         adapter: tuple[str, int, str] | None = None,
+        cold: bool = False,
     ) -> list[dict[str, Any]]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         greedy = SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, logprobs=0
+            temperature=0,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            skip_reading_prefix_cache=cold,
         )
         salted = {"cache_salt": salt} if salt else {}
         found = self.llm.generate(
@@ -242,7 +250,8 @@ class Calls:
 
     def counters(self) -> dict[str, float]:
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        return scheduler.connector.scheduler.snapshot()
+        (preemptions,) = (m for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+        return scheduler.connector.scheduler.snapshot() | {"preemptions": preemptions.value}
 
     def fail_loads(self, number: int) -> None:
         """The next `number` copies into each worker's KV cache write nothing and fail."""
