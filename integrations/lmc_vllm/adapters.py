@@ -16,7 +16,8 @@ Why nothing is committed under a name that is not its own, however many steps ar
 - Applying a load that is not what was thought voids the stores begun under another mark, those of
   steps planned ahead included, and takes away their requests' names.
 - What vLLM's own prefix cache still holds of earlier contents has the same hash. A request that
-  begins on blocks of an adapter that was ever loaded with something else has no name either.
+  begins on blocks of a name that ever stood for something else has no name either; nor one that
+  has begun, when it turns out that the name did.
 """
 
 from __future__ import annotations
@@ -99,13 +100,10 @@ class Adapters:
         """Whether vLLM's own cache may hold blocks of that name and other contents."""
         return bool(self._held.get((lora.lora_name, lora.lora_path), set()) - {mark})
 
-    def apply(self, load: Loaded) -> bool:
-        """A worker loaded an adapter; whether its name stands for something else from now on."""
+    def apply(self, load: Loaded) -> None:
+        """A worker loaded an adapter."""
         self._loaded.setdefault(load.number, {})[load.rank] = load
-        held = self._held.setdefault(load.name, set())
-        changed = bool(held) and load.digest not in held
-        held.add(load.digest)
-        return changed
+        self._held.setdefault(load.name, set()).add(load.digest)
 
     def forget_blocks(self) -> None:
         """Whatever vLLM's own cache holds, it is not of what was loaded earlier."""

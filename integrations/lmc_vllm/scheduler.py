@@ -399,12 +399,12 @@ class SchedulerSide:
     def adapters_loaded(self, loaded: Sequence[Loaded]) -> None:
         """What workers loaded, in their order: from now on that is what adapters stand for."""
         for load in loaded:
-            changed = self._adapters.apply(load)
+            self._adapters.apply(load)
             for saving in self._savings.values():
-                if _contradicts(load, saving.owner, saving.mark, changed=changed):
+                if _contradicts(load, saving.owner.request, saving.mark):
                     saving.void = True
             for known in self._requests.values():
-                if _contradicts(load, known, known.mark, changed=changed):
+                if _contradicts(load, known.request, known.mark):
                     self._lose_names(known)
 
     def reset(self) -> bool:
@@ -959,17 +959,14 @@ def _land(side: weakref.ref[SchedulerSide]) -> None:
             lane.store.drain(CLOSE_DRAIN_S / len(one.lanes))
 
 
-def _contradicts(load: Loaded, owner: _Request, mark: bytes | None, *, changed: bool) -> bool:
-    """Whether what a request computed, or will, may be of another adapter than its mark says, now
-    that a worker loaded this one; `changed`: others have its name.
+def _contradicts(load: Loaded, request: Any, mark: bytes | None) -> bool:
+    """Whether a request's KV may be of another adapter than its mark says, now that a worker loaded
+    this one under its number or, for vLLM's own cache, under its name.
     """
-    lora = owner.request.lora_request
-    if lora is None or mark is None:
+    lora = request.lora_request
+    if lora is None or mark is None or mark == load.digest:
         return False
-    if load.number != lora.lora_int_id and load.name != (lora.lora_name, lora.lora_path):
-        return False
-    begun = owner.load is not None or owner.request.num_computed_tokens > 0
-    return mark != load.digest or (changed and begun)
+    return load.number == lora.lora_int_id or load.name == (lora.lora_name, lora.lora_path)
 
 
 def _runs_of(

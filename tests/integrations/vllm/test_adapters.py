@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
 import lmc_vllm.adapters
@@ -102,6 +103,27 @@ def test_read_again_after_an_eviction_with_other_bytes(lora_engine, tmp_path, wo
     assert one.again([IDS], lora_request=lora) == [12]
 
 
+def test_a_slow_store_of_what_was_loaded_for_a_while_only(lora_engine, tmp_path):
+    """The store ends when the worker has again what it was thought to have all the time."""
+    one = lora_engine()
+    lora, other = adapter(tmp_path / "a", b"weights"), adapter(tmp_path / "b", b"!", 2)
+    one.run([prompt(2, 50)], lora_request=lora)
+    one.run([prompt(2, 50)], lora_request=other)
+    one.copies[0].may_store.clear()
+    name = one.ask(IDS, 30, lora_request=lora)
+    wait_for_look(one, name)
+    write(tmp_path / "a", b"others!")
+    one.until(lambda: len(one.said[name]) > 3)  # the file was read again
+    one.abort(name)
+    one.lmc._early.clear()  # else the next step waits for what is stored at the end
+    one.lmc._savings = {n: s for n, s in one.lmc._savings.items() if not s.fenced}
+    write(tmp_path / "a", b"weights")
+    one.core.add_lora(lora_in_place(lora))
+    one.copies[0].may_store.set()
+    one.settle()
+    assert one.again([IDS], lora_request=lora) == [300]
+
+
 def test_what_is_loaded_counts_while_the_files_are_others(lora_engine, tmp_path):
     """The worker has the adapter still: the new files are not what it computes with."""
     one, lora = lora_engine(), adapter(tmp_path / "a", b"weights")
@@ -141,6 +163,36 @@ def test_another_number_for_the_same_name_and_path(lora_engine, tmp_path):
     assert one.again([IDS + prompt(4, 100)], lora_request=again) == [400]
 
 
+def test_another_number_whose_blocks_are_on_their_way(lora_engine, tmp_path):
+    """The second request begins on blocks of the first before anybody knows what these are of."""
+    one = lora_engine(overlap=True, arguments={"max_loras": 2})
+    first = adapter(tmp_path / "a", b"weights")
+    name = one.ask(IDS, lora_request=first)
+    wait_for_look(one, name)
+    one.until(lambda: one.computed[name])
+    again = adapter(tmp_path / "a", b"others!", 2)
+    second = one.ask(IDS + prompt(4, 100), 40, lora_request=again)
+    wait_for_look(one, second)
+    assert not one.lmc._adapters._loaded, "the scheduler has not heard of the first load"
+    one.mixed.add(second)
+    one.finish(name)
+    one.finish_somehow(second)
+    assert one.computed[second] < 200, "vLLM found its own blocks"
+    one.settle()
+    assert one.again([IDS + prompt(4, 100)], lora_request=again) == [400]
+
+
+def test_once_vllms_cache_is_empty_earlier_contents_are_forgotten(lora_engine, tmp_path):
+    one, lora = lora_engine(), adapter(tmp_path / "a", b"weights")
+    one.run([IDS], lora_request=lora)
+    write(tmp_path / "a", b"others!")
+    one.core.add_lora(lora_in_place(lora))
+    assert one.scheduler.reset_prefix_cache(reset_connector=True)
+    one.run([IDS], lora_request=lora)
+    one.run([IDS + prompt(4, 100)], lora_request=lora)  # on vLLM's own blocks
+    assert one.again([IDS + prompt(4, 100)], lora_request=lora) == [1]
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     "specs", [full(4), sliding(4, 100), mamba(4, "align")], ids=["full", "windows", "states"]
@@ -171,6 +223,21 @@ def test_changed_in_place_by_a_call(lora_engine, tmp_path):
     assert one.again([IDS], lora_request=lora) == [12]
 
 
+def test_another_path_under_the_same_number_for_a_while(lora_engine, tmp_path):
+    one, lora = lora_engine(), adapter(tmp_path / "a", b"weights")
+    name = one.ask(IDS, 200, lora_request=lora)
+    one.mixed.add(name)
+    one.until(lambda: len(one.said[name]) > 5)
+    write(tmp_path / "b", b"others!")
+    for path, count in ((tmp_path / "b", 60), (tmp_path / "a", 200)):
+        one.core.add_lora(LoRARequest(lora.lora_name, 1, str(path), load_inplace=True))
+        one.until(lambda: len(one.said[name]) >= count)  # noqa: B023
+    one.settle()
+    ids = IDS + one.said[name]
+    assert one.again([ids], lora_request=lora)[0] > 190
+    one.again([ids], lora_request=lora)  # on what that one added, and nothing else
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_loaded_by_a_call_long_before_the_first_request(lora_engine, tmp_path, world):
     """What a worker has counts, also if nothing ran since and the files are others by now."""
@@ -182,7 +249,10 @@ def test_loaded_by_a_call_long_before_the_first_request(lora_engine, tmp_path, w
     lora = adapter(tmp_path / "a", b"weights")
     assert one.core.add_lora(lora)
     write(tmp_path / "a", b"others!")
-    assert one.run([IDS], lora_request=lora) == [300]
+    name = one.ask(IDS, lora_request=lora)
+    wait_for_look(one, name)
+    one.finish(name)
+    assert one.computed[name] == 300
     same = lora_engine(LMC_TIERS=place, **WORLDS[world])
     assert same.core.add_lora(lora)
     assert same.run([IDS], lora_request=lora) == [12]
@@ -213,7 +283,7 @@ def test_written_to_while_it_is_read(lora_engine, tmp_path, monkeypatch):
     one, lora = lora_engine(), adapter(tmp_path / "a", b"weights")
     monkeypatch.setattr(adapters.Contents, "reading", lambda folder: write(folder, b"others!"))
     one.run([IDS], lora_request=lora)
-    for weights in (b"weights", b"others!"):
+    for weights in (b"weights", b"weights", b"others!", b"others!"):
         write(tmp_path / "a", weights)
         assert one.again([IDS], lora_request=lora) == [300]
 
@@ -318,6 +388,10 @@ def test_the_scheduler_reads_nothing_itself(lora_engine, tmp_path, monkeypatch):
     monkeypatch.setattr(one.lmc._adapters, "_digest", seen)
     one.run([IDS], lora_request=lora)
     assert threads == {"lmc-adapters"}
+
+
+def lora_in_place(lora: LoRARequest) -> LoRARequest:
+    return LoRARequest(lora.lora_name, lora.lora_int_id, lora.lora_path, load_inplace=True)
 
 
 def wait_for_look(one, name: str) -> None:
