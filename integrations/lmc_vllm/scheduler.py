@@ -49,6 +49,8 @@ CLOSE_DRAIN_S = 4.0
 """vLLM kills an engine that takes much longer to go."""
 WAIT_FOR_TWIN_S = 2.0
 """Longest wait for a load of the same blocks that another request began."""
+SMALL_REST_TOKENS = 32
+"""What vLLM's own hit lacks is computed sooner than loaded, a step or two later, if it is no more."""
 WAIT_FOR_ROOM_S = 10.0
 """Longest wait for blocks that loads of other requests leave."""
 NEWS_S = 1.0
@@ -103,6 +105,7 @@ class _Request:
     staged_windows: bool = False
     arrived: int = 0  # chunks that had come when last looked at
     wait_until: float = 0.0
+    twin: _Load | None = None  # of another request, which brings what this one lacks
     twin_until: float = 0.0
     room_until: float = 0.0
     promise: _Promise | None = None
@@ -275,7 +278,8 @@ class SchedulerSide:
             if computed and self._begins_on_others(known):
                 self._lose_names(known)
             promise = known.promise
-            if promise is not None and promise.start <= computed < promise.length:
+            rest = SMALL_REST_TOKENS if computed else 0
+            if promise is not None and promise.start <= computed < promise.length - rest:
                 if not self._leaves_room(known, promise.length):
                     return self._wait_for_room(known)
                 promise.computed = computed
@@ -288,10 +292,10 @@ class SchedulerSide:
                 return None, False
             if known.mark is None:
                 return 0, False
-            if self._still_staging(known):
+            if self._waits_for_twin(known) or self._still_staging(known):
                 return None, False
             length = self._longest(known)
-            if length <= computed:
+            if length - computed <= rest:
                 self._close_tickets(known)
                 return 0, False
             if self._twin_brings(known, length, computed):
@@ -747,8 +751,16 @@ class SchedulerSide:
             load = self._coming.get(keys[end - 1])
             if load is not None:
                 brought: int = end * per_step - computed
-                return brought > max(self._unit, (length - computed) // 2)
-        return False
+                if brought > max(self._unit, (length - computed) // 2):
+                    known.twin = load
+                break
+        return known.twin is not None
+
+    def _waits_for_twin(self, known: _Request) -> bool:
+        """Whether the load that brings what is missing is still on its way."""
+        if known.twin is not None and not (known.twin.ends and time.monotonic() < known.twin_until):
+            known.twin = None
+        return known.twin is not None
 
     def _announce(self, known: _Request, load: _Load, start: int) -> None:
         keys, per_step = self._keys(known, 0), self.lanes[0].layout.step_tokens

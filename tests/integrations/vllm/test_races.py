@@ -80,6 +80,19 @@ def test_a_request_that_begins_again_is_stored_again(engine):
     assert one.again([one.asked[again][0].prompt_token_ids]) == [6]
 
 
+@pytest.mark.parametrize(("length", "loaded"), [(320, 320), (336, 320), (352, 320), (368, 368)])
+def test_a_small_rest_of_vllms_own_hit_is_computed(engine, length, loaded):
+    """What vLLM holds of another prompt is all but 0, 16, 32 and 48 tokens of this one."""
+    one = engine(blocks=300)
+    ids = prompt(1, 320) + prompt(2, length - 320) + [5]
+    one.run([ids])
+    one.forget()
+    one.run([ids[:320] + [6]])
+    before = one.count("tokens.loaded")
+    one.run([ids])
+    assert one.count("tokens.loaded") - before == loaded - 320
+
+
 def test_what_is_being_loaded_stays_in_ram(engine):
     one = engine(LMC_RAM_GB="0.001", blocks=300)  # 27 chunks
     ids = prompt(1, 600)
