@@ -50,7 +50,7 @@ CLOSE_DRAIN_S = 4.0
 WAIT_FOR_TWIN_S = 2.0
 """Longest wait for a load of the same blocks that another request began."""
 SMALL_REST_TOKENS = 32
-"""What vLLM's own hit lacks is computed sooner than loaded, a step or two later, if it is no more."""
+"""If vLLM's own hit lacks no more, that is computed sooner than loaded, a step or two later."""
 WAIT_FOR_ROOM_S = 10.0
 """Longest wait for blocks that loads of other requests leave."""
 NEWS_S = 1.0

@@ -87,7 +87,7 @@ def test_a_small_rest_of_vllms_own_hit_is_computed(engine, length, loaded):
     ids = prompt(1, 320) + prompt(2, length - 320) + [5]
     one.run([ids])
     one.forget()
-    one.run([ids[:320] + [6]])
+    one.run([[*ids[:320], 6]])
     before = one.count("tokens.loaded")
     one.run([ids])
     assert one.count("tokens.loaded") - before == loaded - 320
