@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Planted bugs, one at a time, in a copy of the repository: the core's tests must see each of them.
+"""Planted bugs, one at a time, in a copy of the repository: the tests of their part must see each.
 
     python ci/mutants.py              all of them, two at a time
-    python ci/mutants.py pin leaf     those whose names contain one of these words
+    python ci/mutants.py vllm pin     those of a suite, and those whose names contain a word
 
 The list is mutants.toml: a piece of source, and what it is replaced by. Where the piece is not
 found exactly once the list is out of date, which is an error as well. Prints each bug, and the test
@@ -24,9 +24,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("lmc", "tests/core", "pyproject.toml")
-TESTS = ["tests/core", "--deselect", "tests/core/test_process_memory.py"]
-TIMEOUT_S = 150
+COPIED = ("lmc", "integrations", "tests", "ci", "pyproject.toml", "README.md")
+TIMEOUT_S = 200
+
+
+class Suite(NamedTuple):
+    """Tests that see the bugs of a part of the source, with the Python of an environment."""
+
+    folder: str
+    tests: list[str]
+    env: str = "dev"
+
+    @property
+    def python(self) -> str:
+        own = ROOT / ".venvs" / self.env / "bin" / "python"
+        return str(own) if self.env != "dev" else sys.executable
+
+
+CORE = ["tests/core", "--deselect", "tests/core/test_process_memory.py"]
+SUITES = {
+    "core": Suite("lmc", [*CORE, "--hypothesis-profile=no-shrink"]),
+    "launch": Suite("lmc", ["tests/kernels/test_driver.py", "tests/transfer/test_copier.py"]),
+    "vllm": Suite(
+        "integrations/lmc_vllm",
+        ["tests/integrations/vllm", "-m", "not slow and not gpu", "--benchmark-disable"],
+        "vllm",
+    ),
+}
 
 
 class Bug(NamedTuple):
@@ -34,6 +58,11 @@ class Bug(NamedTuple):
     file: str
     old: str
     new: str
+    suite: str = "core"
+
+    @property
+    def path(self) -> str:
+        return f"{SUITES[self.suite].folder}/{self.file}"
 
 
 class KernelBug(NamedTuple):
@@ -42,6 +71,10 @@ class KernelBug(NamedTuple):
     old: str
     new: str
     seen_by: list[str]  # ways to run device code
+
+    @property
+    def path(self) -> str:
+        return f"lmc/{self.file}"
 
 
 def planted() -> list[Bug]:
@@ -69,22 +102,23 @@ def copy(source: Path, folder: Path) -> None:
 
 def plant(bug: Bug | KernelBug, folder: Path) -> None:
     """Put a bug into a copy. Raises ValueError if it does not fit."""
-    path = folder / "lmc" / bug.file
+    path = folder / bug.path
     text = path.read_text(encoding="utf-8")
     if text.count(bug.old) != 1:
-        raise ValueError(f"{bug.name}: found {text.count(bug.old)} times in lmc/{bug.file}")
+        raise ValueError(f"{bug.name}: found {text.count(bug.old)} times in {bug.path}")
     path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
 
 
-def run_tests(folder: Path) -> tuple[int, str]:
+def run_tests(folder: Path, suite: Suite) -> tuple[int, str]:
     """pytest's exit status (1: a test failed), and the first test that failed; a hang counts as
     one.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    command = [suite.python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *suite.tests]
+    places = f"{folder}{os.pathsep}{folder / 'integrations'}"
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": places}
     try:
         done = subprocess.run(
-            [*command, "--tb=no", "--hypothesis-profile=no-shrink"],
+            [*command, "--tb=no"],
             cwd=folder,
             env=env,
             capture_output=True,
@@ -109,7 +143,7 @@ def judge(bug: Bug, clean: Path) -> str | None:
         except ValueError as error:
             print(f"OUT OF DATE  {error}", flush=True)
             return "out of date"
-        status, seen = run_tests(folder)
+        status, seen = run_tests(folder, SUITES[bug.suite])
     took = f"{time.monotonic() - started:5.1f} s"
     if status == 1:
         print(f"seen     {took}  {bug.name}: {seen}", flush=True)
@@ -119,14 +153,19 @@ def judge(bug: Bug, clean: Path) -> str | None:
 
 
 def main(words: list[str]) -> int:
-    bugs = [bug for bug in planted() if not words or any(word in bug.name for word in words)]
-    with tempfile.TemporaryDirectory() as name:
-        clean = Path(name)
+    bugs = [
+        bug
+        for bug in planted()
+        if not words or bug.suite in words or any(word in bug.name for word in words)
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        clean = Path(place)
         copy(ROOT, clean)
-        status, seen = run_tests(clean)
-        if status:
-            print(f"the tests fail without a planted bug: {seen}")
-            return 2
+        for name in sorted({bug.suite for bug in bugs}):
+            status, seen = run_tests(clean, SUITES[name])
+            if status:
+                print(f"the tests of {name} fail without a planted bug: {seen}")
+                return 2
         with ThreadPoolExecutor(2) as pool:
             missed = [why for why in pool.map(lambda bug: judge(bug, clean), bugs) if why]
     print(f"{len(bugs) - len(missed)} of {len(bugs)} planted bugs seen")

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("bug", mutants.planted(), ids=lambda bug: bug.name)
 def test_planted_bug_fits_the_source(bug: mutants.Bug) -> None:
-    text = (ROOT / "lmc" / bug.file).read_text(encoding="utf-8")
+    text = (ROOT / bug.path).read_text(encoding="utf-8")
     assert text.count(bug.old) == 1
     compile(text.replace(bug.old, bug.new), bug.file, "exec")
 
 
 @pytest.mark.parametrize("bug", mutants.planted_kernels(), ids=lambda bug: bug.name)
 def test_planted_bug_fits_the_device_code(bug: mutants.KernelBug) -> None:
-    assert (ROOT / "lmc" / bug.file).read_text(encoding="utf-8").count(bug.old) == 1
+    assert (ROOT / bug.path).read_text(encoding="utf-8").count(bug.old) == 1
 
 
 def test_bug_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -33,7 +33,8 @@ def test_unseen_bug_and_outdated_one_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mutants.copy(ROOT, tmp_path)
-    monkeypatch.setattr(mutants, "TESTS", ["tests/core/test_stats.py"])
+    suite = mutants.Suite("lmc", ["tests/core/test_stats.py"])
+    monkeypatch.setitem(mutants.SUITES, "core", suite)
     harmless = mutants.Bug(
         "harmless", "stats.py", "self._counts[name] += n", "self._counts[name] += (n)"
     )
