@@ -550,15 +550,24 @@ class Engine:
     # --- requests
 
     def ask(
-        self, tokens: Sequence[int], answer_tokens: int = 1, *, salt: str | None = None, **more: Any
+        self,
+        tokens: Sequence[int],
+        answer_tokens: int = 1,
+        *,
+        salt: str | None = None,
+        stop: Sequence[int] = (),
+        **more: Any,
     ) -> str:
-        """A request arrives; its id."""
+        """A request arrives; its id. A token of `stop` ends its answer."""
         self._number += 1
         request = Request(
             request_id=f"r{self._number}",
             prompt_token_ids=list(tokens),
             sampling_params=SamplingParams(
-                max_tokens=answer_tokens, temperature=0, ignore_eos=True
+                max_tokens=answer_tokens,
+                temperature=0,
+                ignore_eos=True,
+                stop_token_ids=list(stop),
             ),
             pooling_params=None,
             cache_salt=salt,

@@ -11,7 +11,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from lmc_vllm.scheduler import _land
-from tests.integrations.vllm.fake import full, mamba, prompt, sliding
+from tests.integrations.vllm.fake import answer, full, mamba, prompt, sliding
 from tests.integrations.vllm.harness import SlowStores
 
 if TYPE_CHECKING:
@@ -373,6 +373,19 @@ def test_a_script_that_ends_leaves_nothing_unstored(engine, specs, tmp_path, mon
     other = engine(specs, blocks=300, **tiers)
     asked = [[*prompt(seed, 330), *one.said[name]] for seed, name in enumerate(names)]
     assert other.run(asked) == [(330 + 40 - 1) % 16 + 1] * 2
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapping"])
+def test_the_token_that_ends_an_answer_is_not_kept(engine, overlap):
+    """Nobody computed its KV; a step planned ahead may, after the blocks were copied."""
+    one = engine(blocks=300, **({"overlap": True, "late": "all"} if overlap else {}))
+    ids = prompt(1, 300)
+    told = answer(ids, 4, one.seed())
+    name = one.ask(ids, 60, stop=told[-1:])
+    one.until(lambda: one.asked[name][0].is_finished())
+    one.settle()
+    assert one.said[name] == told
+    assert one.again([[*ids, *told, 5]]) == [305 - 303 // 16 * 16]
 
 
 def test_an_answer_comes_in_time_though_a_store_hangs(engine, monkeypatch):

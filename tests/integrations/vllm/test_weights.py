@@ -77,6 +77,8 @@ def test_without_vllms_own_cache_only_requests_that_go_on_are_not_kept(engine):
     one.finish(one.ask(prompt(2, 300)), name)
     one.settle()
     assert one.run([prompt(1, 300), prompt(2, 300)]) == [300, 12]
+    longer = [*prompt(1, 300), *one.said[name]]
+    assert one.run([longer]) == [400 - 288]  # nor what it answered
 
 
 @pytest.mark.parametrize("world", [{}, {"tp": 2}, {"overlap": True, "late": "all"}], ids=str)
