@@ -20,13 +20,14 @@ RowOfPieces = tuple[tuple[int, int, int], ...]  # chunk_pages, first, pages
 class Layout:
     """A pool and all the memory under it, filled with bytes that differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.memory: list[torch.Tensor] = []
 
     def tensor(self, *shape: int, dtype: torch.dtype = BF16, shift: int = 0) -> torch.Tensor:
         """Memory of a shape; `shift` bytes past where it would be aligned."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        memory = torch.randint(256, (size + shift,), dtype=torch.uint8)
+        memory = torch.randint(256, (size + shift,), dtype=torch.uint8).to(self.device)
         self.memory.append(memory)
         return memory[shift:].view(dtype).view(shape)
 
@@ -81,7 +82,9 @@ MANY: RowOfPieces = ((16, 2, 13), (16, 9, 4), (3, 0, 1))
 
 @dataclass(frozen=True)
 class Case:
-    """A gather, and a scatter to other pages: called, it is all memory of both sides after each."""
+    """A gather, and a scatter to other pages: called, it is all memory of both sides after each,
+    with the pool on a device and chunks on the host.
+    """
 
     pool: Callable[[Layout], PagedPool]
     pieces: RowOfPieces = ONE
@@ -89,9 +92,9 @@ class Case:
     repeats: bool = False
     shift: int = 0  # of the chunks
 
-    def __call__(self, backend: Backend) -> list[torch.Tensor]:
+    def __call__(self, backend: Backend, device: str | torch.device = "cpu") -> list[torch.Tensor]:
         torch.manual_seed(1)
-        layout = Layout()
+        layout = Layout(torch.device(device))
         pool = self.pool(layout)
         planes = range(len(pool.planes)) if self.planes is None else self.planes
         sizes = [pool.chunk_bytes(chunk_pages) + 80 for chunk_pages, _, _ in self.pieces]
@@ -103,9 +106,9 @@ class Case:
         if self.repeats:
             page_ids = torch.randint(pool.num_pages, (count,))
         backend.gather(Transfer(pool, page_ids, pieces), planes)
-        seen = [memory.clone() for memory in (*layout.memory, *chunks)]
+        seen = [memory.clone().cpu() for memory in (*layout.memory, *chunks)]
         backend.scatter(Transfer(pool, other_ids, pieces), planes)
-        return [*seen, *layout.memory, *chunks]
+        return [*seen, *(memory.cpu() for memory in layout.memory), *chunks]
 
 
 def past_4_gib(backend: Backend) -> list[torch.Tensor]:
