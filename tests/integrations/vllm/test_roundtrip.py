@@ -25,6 +25,7 @@ DENSE = {
 }
 MODELS = {
     "windows": (sliding(4, 100), {}),
+    "windows that begin with a block's last token": (sliding(4, 98), {}),
     "windows alone": (sliding(4, 100, every=99), {}),
     "wide windows": (sliding(6, 300, every=3), {}),
     "local attention": (local(4, 128), {}),
@@ -225,6 +226,16 @@ def test_a_request_that_must_not_read_caches_is_computed_and_kept(engine):
     one.asked[name][0].skip_reading_prefix_cache = True
     one.finish(name)
     assert one.computed[name] == 300
+
+
+def test_blocks_that_vllm_no_longer_holds_are_not_kept(engine):
+    """A hit of vLLM's own has no blocks where a window has moved on."""
+    one = engine(sliding(4, 100), blocks=300)
+    one.run([prompt(1, 600)])
+    for lane in one.lmc.lanes:
+        lane.store.renew()
+    one.run([[*prompt(1, 600), 5]])
+    assert one.again([prompt(1, 300)]) == [300]
 
 
 def test_what_vllm_still_has_is_not_loaded(engine):
