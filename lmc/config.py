@@ -104,10 +104,10 @@ class Config:
         )
         return cls(**values, unknown=unknown)  # type: ignore[arg-type]
 
-    @classmethod
-    def asks_for_lmc(cls, env: Mapping[str, str] = os.environ) -> bool | None:
+    @staticmethod
+    def asks_for_lmc(env: Mapping[str, str] = os.environ) -> bool | None:
         """What LMC_ENABLE says, if anything; where lmc is off the other settings are not read."""
-        return cls.from_env({var: env[var] for var in ("LMC_ENABLE",) if var in env}).enable
+        return _flag(text) if (text := env.get("LMC_ENABLE", "")) else None
 
     def refuse_unknown(self) -> None:
         """Raise ValueError if the environment has LMC_* names that mean nothing."""

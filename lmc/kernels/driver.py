@@ -164,7 +164,11 @@ class Driver(abc.ABC):
         the one here.
         """
         self._call("pin", host, num_bytes, self.map_flags)
-        return self._made("device_address", host, 0)
+        try:
+            return self._made("device_address", host, 0)
+        except DriverError:
+            self.unpin(host)
+            raise
 
     def unpin(self, host: int) -> None:
         self._call("unpin", host)

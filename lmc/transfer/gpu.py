@@ -21,7 +21,7 @@ from lmc import cuda, hip
 from lmc.cuda.driver import CudaDriver
 from lmc.hip.driver import HipDriver
 from lmc.kernels import GATHER, SCATTER, Tables, before, choose, load, pages_args
-from lmc.kernels.driver import Driver, Kernels
+from lmc.kernels.driver import Driver, DriverError, Kernels
 from lmc.kernels.policy import Policy
 from lmc.transfer.pages import PagedPool, Transfer
 
@@ -123,9 +123,11 @@ class GpuBackend:
         self.driver.use(self.device)
         self._own_stream = self._own_stream or self.driver.stream()
         held: list[Buffer] = []
-        self.enqueue(op, transfer, planes, self._own_stream, held)
-        self._wait_for(self._own_stream)
-        self.give_back(held)
+        try:
+            self.enqueue(op, transfer, planes, self._own_stream, held)
+        finally:
+            self._wait_for(self._own_stream)
+            self.give_back(held)
 
     # --- in a stream
 
@@ -250,11 +252,17 @@ class GpuBackend:
             sums = before(pool.table)
             words = pool.table + sums
             buffer = self._take(len(words) * _WORD)
-            self._pools[pool] = buffer, sums
             ctypes.memmove(buffer.host, words.buffer_info()[0], len(words) * _WORD)
-            self._own_stream = self._own_stream or self.driver.stream()
-            self.driver.to_device(buffer.device, buffer.host, buffer.num_bytes, self._own_stream)
-            self._wait_for(self._own_stream)  # streams of ours do not wait for each other
+            try:
+                self._own_stream = self._own_stream or self.driver.stream()
+                self.driver.to_device(
+                    buffer.device, buffer.host, buffer.num_bytes, self._own_stream
+                )
+                self._wait_for(self._own_stream)  # streams of ours do not wait for each other
+            except DriverError:
+                self.give_back([buffer])
+                raise
+            self._pools[pool] = buffer, sums
         buffer, _ = self._pools[pool]
         return buffer.device, buffer.device + len(pool.table) * _WORD
 

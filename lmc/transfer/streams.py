@@ -68,10 +68,6 @@ class StreamJob:
         self._calls.append(call)
         self.done()
 
-    def cancel(self) -> bool:
-        """False: what is in a stream runs."""
-        return False
-
     def let_wait(self, stream: int, layer: int | None = None) -> None:
         """What is put into a stream from now on runs once this is over, or a layer of this load is
         there; at once where all is over, or it failed before that layer.
@@ -155,6 +151,11 @@ class StreamCopier:
             yield
         except DriverError as error:
             job._error = error
+        finally:
+            self._seal(job, stream)
+
+    def _seal(self, job: StreamJob, stream: int) -> None:
+        """The job is over when the stream is as far as it is now."""
         try:
             job._end = self._mark(stream)
             job._events.append(job._end)

@@ -55,3 +55,7 @@ def build(vendor: Vendor, folder: Path) -> Path:
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
+
+
+def build_all(folder: Path) -> dict[Vendor, Path]:
+    return {vendor: build(vendor, folder) for vendor in VENDORS}

@@ -158,6 +158,7 @@ int fake_launch(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned 
 
 int fake_copy(void* to, const void* from, size_t size, void* stream, bool down) {
     if (!inside(device_memory, (uint64_t)(down ? from : to), size)) return INVALID_VALUE;
+    if (++counts["copies"] == settings["fail_copy"]) return OUT_OF_MEMORY;
     ++counts[down ? "to_host" : "to_device"];
     return put(stream, [=] {
         memcpy(to, from, size);
@@ -233,6 +234,7 @@ int fake_unpin(void* host) {
 
 int fake_device_address(void** device, void* host) {
     const auto found = pins.find((uint64_t)host);
+    if (settings["no_address"]) return INVALID_VALUE;
     return found == pins.end() ? (int)INVALID_VALUE : made(device, found->second.device);
 }
 

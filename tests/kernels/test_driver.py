@@ -20,13 +20,12 @@ from lmc.transfer.reference import TorchBackend
 from lmc.transfer.streams import StreamCopier
 
 from .cases import CASES
-from .fake import VENDORS, Fake, build
+from .fake import VENDORS, Fake, build_all
 
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Vendor, Path]:
-    folder = tmp_path_factory.mktemp("drivers")
-    return {vendor: build(vendor, folder) for vendor in VENDORS}
+    return build_all(tmp_path_factory.mktemp("drivers"))
 
 
 @pytest.fixture(params=VENDORS, ids=str)
@@ -357,6 +356,29 @@ def test_a_launch_that_fails_ends_its_job(
     assert copier.store([transfer_of(pool, chunk)]).wait(5)  # the next one goes on
     copier.close()
     engine.end()
+    assert fake.left == 0
+
+
+@pytest.mark.parametrize("call", ["fail_copy", "fail_launch"])
+def test_after_a_call_that_failed_the_next_op_is_right_and_nothing_is_lost(
+    fake: Fake, pool: PagedPool, call: str
+) -> None:
+    backend, chunk = fake.backend(), chunk_for(pool)
+    fake.set(call, 1)  # of copies, the first is that of the pool's table
+    with pytest.raises(DriverError):
+        backend.gather(transfer_of(pool, chunk), range(4))
+    backend.gather(transfer_of(pool, chunk), range(4))
+    assert torch.equal(first_pages(chunk), pool.planes[0][[3, 1, 0, 7]])
+    backend.close()
+    assert fake.left == 0
+
+
+def test_memory_without_an_address_on_the_device_is_not_left_pinned(fake: Fake) -> None:
+    fake.driver.use(0)
+    fake.set("no_address", 1)
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    with pytest.raises(DriverError, match="GetDevicePointer"):
+        fake.driver.pin(memory.data_ptr(), 4096)
     assert fake.left == 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.integrations.vllm.fake import full, mamba, prompt, sliding
-from tests.kernels.fake import VENDORS, Fake, build
+from tests.kernels.fake import VENDORS, Fake, build_all
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +38,7 @@ class Gpu:
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Vendor, Path]:
-    folder = tmp_path_factory.mktemp("drivers")
-    return {vendor: build(vendor, folder) for vendor in VENDORS}
+    return build_all(tmp_path_factory.mktemp("drivers"))
 
 
 @pytest.fixture(params=VENDORS, ids=str)
