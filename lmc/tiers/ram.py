@@ -129,8 +129,8 @@ class WriteLease(_Lease):
         self._give_back()
         if self._outdated:
             self._ram._unpin(self.slots)
-        elif (kept := self._ram._publish(shown, self.slots)) and self.on_commit:
-            self.on_commit(kept)
+        else:
+            self._ram._publish(shown, self.slots, self.on_commit)
 
     def abort(self) -> None:
         self._give_back()
@@ -357,23 +357,41 @@ class RamTier:
             first = slot if first == NOBODY else first
         return None
 
-    def _publish(self, chunks: Sequence[Chunk], slots: Sequence[int]) -> list[int]:
-        """Show reserved slots; returns those that stay (one that a longer chunk already covers does
-        not).
+    def _publish(
+        self,
+        chunks: Sequence[Chunk],
+        slots: Sequence[int],
+        tell: Callable[[Sequence[int]], None] | None,
+    ) -> None:
+        """Show reserved slots and `tell` of them. A tail that a longer chunk has come to cover is
+        told of as well, since below RAM it has a name of its own; then it goes.
         """
-        kept: list[int] = []
+        shown: list[int] = []
+        covered: list[int] = []
+        new: list[int] = []
         for chunk, slot in zip(chunks, slots, strict=True):
-            if chunk.key in self._index:
+            holder = self._index.get(chunk.key)
+            if holder is not None and self._keys[holder].endswith(chunk.key):  # the very same
                 self._forget([slot])
-            else:
-                del self._writing[Key(self._keys[slot])]
-                if chunk.parent != self._parent_key.get(slot):  # it was reserved unknown
-                    self._unlink(slot)
-                    self._link(slot, chunk.parent)
+                continue
+            new.append(slot)
+            del self._writing[Key(self._keys[slot])]
+            if chunk.parent != self._parent_key.get(slot):  # it was reserved unknown
+                self._unlink(slot)
+                self._link(slot, chunk.parent)
+            if holder is None:
                 self._insert(chunk, slot)
-                kept.append(slot)
-        self._heat(kept)
-        return kept
+                shown.append(slot)
+            else:
+                self._keys[slot] = b"".join(chunk.keys)
+                self._state[slot], self._pins[slot] = State.DOOMED, 1
+                covered.append(slot)
+        self._heat(shown)
+        if new and tell is not None:
+            tell(new)
+        for slot in covered:
+            self._unlink(slot)
+        self._unpin(covered)
 
     def _insert(self, chunk: Chunk, slot: int) -> None:
         index, joined = self._index, b"".join(chunk.keys)

@@ -209,6 +209,37 @@ def test_tails_name_leads_to_the_longer_chunk(store: TieredStore, below: FaultyT
     assert get(store, A) == 8  # all of it came
 
 
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_tail_has_its_name_below_though_a_longer_chunk_was_there_first(
+    kind: str, tmp_path: Path
+) -> None:
+    """An engine's copies may end in any order."""
+    tier = MemoryTier() if kind == "memory" else DiskTier(tmp_path, 10**9)
+    store = open_store(tier)
+    leases = [store.reserve(chunks_of(A[:n])) for n in (6, 8)]
+    for lease in leases:
+        fill(store, lease)
+    for lease in reversed(leases):
+        lease.commit()
+    store.ram.check()
+    assert store.drain(10.0)
+    store.ram.check()
+    push_out(store)
+    assert bring(store, A[:6]) == 6
+    store.close()
+
+
+def test_covered_tail_that_no_tier_takes_is_gone_at_once() -> None:
+    store = open_store(MemoryTier(), queue_bytes=0)
+    leases = [store.reserve(chunks_of(A[:n])) for n in (6, 8)]
+    for lease in reversed(leases):
+        fill(store, lease)
+        lease.commit()
+    store.ram.check()
+    assert get(store, A) == 8
+    store.close()
+
+
 def test_tail_is_found_by_probing_the_first_missing_chunk_only(
     store: TieredStore, below: FaultyTier
 ) -> None:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lmc.keys import KEY_BYTES, Key
 from lmc.tiers.arena import Arena
 from lmc.tiers.ram import Chunk, RamTier, ReadLease, Span, State, WriteLease
 from tests.core.chunks import STEPS, chunks_of, keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from lmc.keys import Key
 
 
 class Ram(RamTier):
@@ -225,14 +224,35 @@ def test_commit_with_the_wrong_number_of_chunks_is_refused_and_keeps_the_lease(r
     assert ram.hit(A) == 8
 
 
-def test_commit_tells_what_stays(ram: Ram) -> None:
+def test_commit_tells_of_a_tail_that_a_longer_chunk_covers_by_now(ram: Ram) -> None:
     told: list[list[int]] = []
+
+    def tell(slots: Sequence[int]) -> None:
+        told.append(list(slots))
+        held.append(ram.pin_slots(slots[1:]))
+        assert ram.joined_keys(slots[1]) == b"".join(A[4:7])
+        assert ram.parent_key(slots[1]) == A[3]
+
+    held: list[ReadLease] = []
     lease = ram.reserve(chunks_of(A[:7]))
     ram.put(A[:8])  # the second chunk only: the first is being written
-    lease.on_commit = lambda slots: told.append(list(slots))
+    lease.on_commit = tell
     lease.commit()
-    assert told == [[lease.slots[0]]]
+    assert told == [list(lease.slots)]
     assert ram.hit(A) == 8
+    ram.check()
+    free = ram.num_free
+    held[0].release()
+    assert ram.num_free == free + 1
+    ram.check()
+
+
+def test_commit_does_not_tell_of_a_chunk_that_is_here_already(ram: Ram) -> None:
+    lease = ram.reserve([Chunk((Key(b"n" * KEY_BYTES),), None)])
+    ram.put(A[:4])
+    lease.on_commit = lambda _: pytest.fail("what is here went down when it came")
+    lease.commit(chunks_of(A[:4]))
+    ram.check()
 
 
 def test_orphans_are_adopted_when_their_parent_comes(ram: Ram) -> None:
