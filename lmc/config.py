@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 KERNELS = ("auto", "cpu", "cuda", "hip", "torch")
+GPU_COPIES = ("auto", "reach", "batch", "stage")
 SCHEMES = ("file",)
 _GB = 10**9
 
@@ -89,6 +90,13 @@ class Config:
     """
     kernels: str = "auto"
     """LMC_KERNELS: who moves pages: auto, cpu (native), cuda and hip (kernels), torch."""
+    gpu_copy: str = "auto"
+    """LMC_GPU_COPY: how a GPU moves pages to and from pinned memory: auto (the vendor's policy),
+    reach (a kernel reads and writes it), batch (copy engines, NVIDIA only), stage (by way of the
+    GPU's own memory).
+    """
+    gpu_blocks: int | None = None
+    """LMC_GPU_BLOCKS: blocks of 256 threads that a copy takes on a GPU. Default: the policy's."""
     unknown: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -197,10 +205,13 @@ def _flag(text: str) -> bool:
     return choices[text.lower()]
 
 
-def _kernels(text: str) -> str:
-    if text not in KERNELS:
-        raise ValueError(f"LMC_KERNELS={text!r}: choices: {', '.join(KERNELS)}")
-    return text
+def _one_of(name: str, choices: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{name}={text!r}: choices: {', '.join(choices)}")
+        return text
+
+    return parse
 
 
 def _chunk_tokens(text: str) -> int:
@@ -210,6 +221,7 @@ def _chunk_tokens(text: str) -> int:
 _gigabytes = _number("LMC_RAM_GB", float, 0.001, 1e6, " GB")
 _wait_ms = _number("LMC_STAGE_WAIT_MS", float, 0, 60_000, " ms")
 _threads = _number("LMC_IO_THREADS", int, 1, 256, "")
+_blocks = _number("LMC_GPU_BLOCKS", int, 1, 65535, "")
 _queue_mb = _number("LMC_WRITE_QUEUE_MB", float, 0, 1e6, " MB")
 
 _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
@@ -222,5 +234,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "LMC_STAGE_WAIT_MS": ("stage_wait_s", lambda text: _wait_ms(text) / 1000),
     "LMC_IO_THREADS": ("io_threads", lambda text: int(_threads(text))),
     "LMC_WRITE_QUEUE_MB": ("write_queue_bytes", lambda text: int(_queue_mb(text) * 10**6)),
-    "LMC_KERNELS": ("kernels", _kernels),
+    "LMC_KERNELS": ("kernels", _one_of("LMC_KERNELS", KERNELS)),
+    "LMC_GPU_COPY": ("gpu_copy", _one_of("LMC_GPU_COPY", GPU_COPIES)),
+    "LMC_GPU_BLOCKS": ("gpu_blocks", lambda text: int(_blocks(text))),
 }

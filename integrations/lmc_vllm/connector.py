@@ -163,7 +163,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         replicas = int(getattr(self._kv_cache_config, "kv_tp_replicas", 1))
-        self._in_worker().register(kv_caches, _rank(), self._config.kernels, replicas)
+        self._in_worker().register(kv_caches, _rank(), self._config, replicas)
 
     def get_handshake_metadata(self) -> Registered:
         return self._in_worker().registered()

@@ -30,6 +30,7 @@ from .wire import Load, Loaded, Move, Place, Registered, Report, Step, Store, ma
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from lmc.config import Config
     from lmc.transfer import PagedPool
 
     from .groups import Group
@@ -65,13 +66,16 @@ class WorkerSide:
     # --- start
 
     def register(
-        self, kv_caches: Mapping[str, Any], rank: tuple[int, int], kernels: str, replicas: int
+        self, kv_caches: Mapping[str, Any], rank: tuple[int, int], config: Config, replicas: int
     ) -> None:
         """Describe the KV cache. Raises ValueError naming what is not served."""
         self._pools = pools_of(self._groups, self._kv_cache_config.num_blocks, kv_caches)
         self._rank = rank
         self._copies_out = rank[1] % replicas == 0
-        self._copier = copier_of(resolve(kernels, self._device), engine_streams)
+        backend = resolve(
+            config.kernels, self._device, copy=config.gpu_copy, blocks=config.gpu_blocks
+        )
+        self._copier = copier_of(backend, engine_streams)
 
     @property
     def _device(self) -> torch.device:

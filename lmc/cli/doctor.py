@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import __version__, cpu
+from .. import __version__, cpu, cuda, hip
 from ..config import _SETTINGS, Config, free_ram_bytes
 from ..layout import KVLayout
 from .finding import Finding
@@ -173,7 +173,11 @@ def default_text(var: str) -> str:
     """A setting's default, in the unit that its name states."""
     value = getattr(Config(), _SETTINGS[var][0])
     if value is None:
-        return {"LMC_ENABLE": "0", "LMC_RAM_GB": "25 % of free memory"}[var]
+        return {
+            "LMC_ENABLE": "0",
+            "LMC_RAM_GB": "25 % of free memory",
+            "LMC_GPU_BLOCKS": f"{cuda.POLICY.grid} on NVIDIA, {hip.POLICY.grid} on AMD",
+        }[var]
     scale = {"MS": 1e3, "MB": 1e-6}.get(var.rpartition("_")[2])
     return f"{value * scale:g}" if scale else str(value or "none")
 

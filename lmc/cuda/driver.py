@@ -1,7 +1,8 @@
 """NVIDIA's driver API."""
 
-from ctypes import POINTER, byref, c_char_p, c_int, c_void_p
-from typing import ClassVar
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from typing import Any, ClassVar
 
 from lmc.kernels.driver import Driver, mapped_library
 from lmc.kernels.images import Vendor
@@ -9,6 +10,21 @@ from lmc.kernels.images import Vendor
 __all__ = ["CudaDriver"]
 
 LIBRARY = "libcuda.so.1"
+BATCH_CALLS = {"cuMemcpyBatchAsync_v2": False, "cuMemcpyBatchAsync": True}
+"""Since 13.0, and since 12.8, which wants a place for the index of what failed."""
+_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+
+
+class _Place(ctypes.Structure):
+    """CUmemLocation: a hint that is for managed memory alone."""
+
+    _fields_ = (("type", c_int), ("id", c_int))
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = (("order", c_int), ("source", _Place), ("to", _Place), ("flags", c_uint))
 
 
 class CudaDriver(Driver):
@@ -35,6 +51,7 @@ class CudaDriver(Driver):
         "pin": "cuMemHostRegister_v2",
         "unpin": "cuMemHostUnregister",
         "device_address": "cuMemHostGetDevicePointer_v2",
+        "pci_address": "cuDeviceGetPCIBusId",
     }
     map_flags = 0x1 | 0x2  # PORTABLE, DEVICEMAP
 
@@ -48,6 +65,19 @@ class CudaDriver(Driver):
         self._texts = [self.library.cuGetErrorName, self.library.cuGetErrorString]
         for call in self._texts:
             call.argtypes, call.restype = [c_int, POINTER(c_char_p)], c_int
+        self._batch_name, self._batch = self._find_batch()
+        self.batches = self._batch is not None
+
+    def _find_batch(self) -> tuple[str, Any]:
+        for name, has_index in BATCH_CALLS.items():
+            call = getattr(self.library, name, None)
+            if call is not None:
+                pieces = [c_void_p, c_void_p, c_void_p, c_size_t]
+                attributes = [POINTER(_Attributes), POINTER(c_size_t), c_size_t]
+                index = [POINTER(c_size_t)] if has_index else []
+                call.argtypes, call.restype = [*pieces, *attributes, *index, c_void_p], c_int
+                return name, call
+        return "", None
 
     def use(self, device: int) -> None:
         """The primary context: torch's."""
@@ -56,6 +86,13 @@ class CudaDriver(Driver):
             self._check_named("cuDevicePrimaryCtxRetain", self._retain(byref(context), device))
             self._contexts[device] = context.value or 0
         self._check_named("cuCtxSetCurrent", self._set_current(self._contexts[device]))
+
+    def batch(self, to: int, source: int, sizes: int, count: int, stream: int) -> None:
+        attributes, first = _Attributes(order=_STREAM_ORDER), c_size_t(0)
+        failed = [byref(c_size_t())] if BATCH_CALLS[self._batch_name] else []
+        pieces = (to, source, sizes, count)
+        status = self._batch(*pieces, byref(attributes), byref(first), 1, *failed, stream)
+        self._check_named(self._batch_name, status)
 
     def error_of(self, status: int) -> tuple[str, str]:
         said = []

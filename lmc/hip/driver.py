@@ -35,6 +35,7 @@ class HipDriver(Driver):
         "pin": "hipHostRegister",
         "unpin": "hipHostUnregister",
         "device_address": "hipHostGetDevicePointer",
+        "pci_address": "hipDeviceGetPCIBusId",
     }
     map_flags = 0x1 | 0x2  # portable, mapped: the same bits for hipHostMalloc and hipHostRegister
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from lmc.kernels.args import BLOCK, GATHER, SCATTER, PagesArgs
 from lmc.kernels.images import Vendor
 
-__all__ = ["Driver", "DriverError", "Kernels", "mapped_library"]
+__all__ = ["BATCH_PIECES", "Driver", "DriverError", "Kernels", "mapped_library"]
 
 _HANDLE = POINTER(c_void_p)
 _ARGUMENTS = {
@@ -40,8 +40,11 @@ _ARGUMENTS = {
     "pin": [c_void_p, c_size_t, c_uint],
     "unpin": [c_void_p],
     "device_address": [_HANDLE, c_void_p, c_uint],
+    "pci_address": [c_char_p, c_int, c_int],
 }
 """Calls that take the same arguments on both sides; all of them answer with a status."""
+
+BATCH_PIECES = 8192
 
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY, hipErrorNotReady
 _STREAM_NON_BLOCKING = 1
@@ -69,6 +72,8 @@ class Driver(abc.ABC):
     """By the names of _ARGUMENTS: what the vendor calls it."""
     map_flags: ClassVar[int]
     """Of memory pinned for every context, with an address on the device."""
+    batches = False
+    """Whether `batch` is there."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError if there is no such library, AttributeError if it lacks a call."""
@@ -88,6 +93,12 @@ class Driver(abc.ABC):
     @abc.abstractmethod
     def error_of(self, status: int) -> tuple[str, str]:
         """The driver's name and message for a status."""
+
+    def pci_address(self, device: int) -> str:
+        """Where the device is plugged in: 0000:3b:00.0."""
+        text = ctypes.create_string_buffer(32)
+        self._call("pci_address", text, len(text), device)
+        return text.value.decode().lower()
 
     # --- kernels
 
@@ -158,6 +169,13 @@ class Driver(abc.ABC):
 
     def to_host(self, host: int, device: int, num_bytes: int, stream: int) -> None:
         self._call("to_host", host, device, num_bytes, stream)
+
+    def batch(self, to: int, source: int, sizes: int, count: int, stream: int) -> None:
+        """Copy `count` pieces, at most BATCH_PIECES, in any order; the arguments are addresses of
+        arrays of int64, which are read before this returns. Memory of the host is pinned, and named
+        by its address here.
+        """
+        raise NotImplementedError(f"{self.vendor} has no copies in batches")
 
     def pin(self, host: int, num_bytes: int) -> int:
         """Keep memory where it is, for the device to reach: its address there, which need not be

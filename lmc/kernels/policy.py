@@ -1,8 +1,11 @@
 """How a vendor's GPUs copy best between pages and chunks; lmc.cuda and lmc.hip each give theirs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
-__all__ = ["Policy"]
+__all__ = ["WAYS", "Policy"]
+
+WAYS = ("auto", "reach", "batch", "stage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,9 +14,29 @@ class Policy:
     """Threads that load together: the widest crew that a page is worth."""
     grid: int
     """Blocks of a launch: enough bytes in flight for the link, no more of the GPU than that."""
+    batch_from: int | None
+    """Bytes of a piece, on the average of a transfer, from which copy engines are given all pieces
+    in one call; None: never. A piece is what is contiguous in the pool and in the chunk.
+    """
     staged_from: int | None
     """Bytes of a transfer from which the GPU copies pages to memory of its own and moves them from
-    there in one piece; None: kernels always reach into the host's memory.
+    there in one piece; None: never. What is neither: kernels reach into the host's memory.
     """
     staging_bytes: int = 64 << 20
     """Such memory, for each direction."""
+
+    def forced(self, way: str, grid: int | None = None) -> Self:
+        """With one of WAYS for all pinned memory, `auto` the vendor's own choice, and that many
+        blocks. Raises ValueError for a way that this vendor's GPUs are not trusted with.
+        """
+        if way not in WAYS:
+            raise ValueError(f"unknown way to copy {way!r}, choose from {', '.join(WAYS)}")
+        if way == "batch" and self.batch_from is None:
+            raise ValueError(
+                "way to copy 'batch': lmc does not build on this vendor's, choose reach or stage"
+            )
+        policy = replace(self, grid=grid or self.grid)
+        if way == "auto":
+            return policy
+        batch_from, staged_from = (0 if way == name else None for name in ("batch", "stage"))
+        return replace(policy, batch_from=batch_from, staged_from=staged_from)

@@ -1,10 +1,11 @@
 """The backends of GPUs: launches of the shipped kernels, and the copies around them.
 
     reaching    a kernel reads or writes chunks in the host's memory, by their address on the device
+    batches     pages <-> chunks, by copy engines that are given all pieces in one call
     staged      pages <-> a buffer of the device, by a kernel; buffer <-> chunks, by copy engines
 
-Which of them moves a transfer says the vendor's policy; chunks in memory that is not pinned are
-always staged. All of it is put into a stream of the caller's and nothing waits for it here, so what
+Which of them moves a transfer says the policy; chunks in memory that is not pinned are always
+staged. All of it is put into a stream of the caller's and nothing waits for it here, so what
 `enqueue` returns, and the transfer, stay as they are until the stream is that far.
 """
 
@@ -12,7 +13,7 @@ import ctypes
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple, Self
 
 import torch
@@ -21,8 +22,9 @@ from lmc import cuda, hip
 from lmc.cuda.driver import CudaDriver
 from lmc.hip.driver import HipDriver
 from lmc.kernels import GATHER, SCATTER, Tables, before, choose, load, pages_args
-from lmc.kernels.driver import Driver, DriverError, Kernels
+from lmc.kernels.driver import BATCH_PIECES, Driver, DriverError, Kernels
 from lmc.kernels.policy import Policy
+from lmc.transfer.contiguous import Contiguous, Run
 from lmc.transfer.pages import PagedPool, Transfer
 
 __all__ = ["Buffer", "GpuBackend", "Pins"]
@@ -63,22 +65,11 @@ class Pins:
         return ranges[at][2] + host - ranges[at][0]
 
 
-class _Run(NamedTuple):
-    """Pages of one piece, in some planes."""
-
-    planes: range
-    address: int  # of the chunk, here
-    chunk_pages: int
-    first: int
-    pages: int
-    start: int  # the first of their page ids
-
-
 class _Batch(NamedTuple):
     """One launch. `staged`: where each run lies in the staging buffer, from its begin."""
 
     planes: range
-    runs: list[_Run]
+    runs: list[Run]
     staged: list[int] | None
 
 
@@ -138,7 +129,11 @@ class GpuBackend:
         is over. Raises DriverError; what was put into the stream before that runs all the same.
         """
         pool = transfer.pool
-        batches = list(self._batches(transfer, planes))
+        pinned, others = self._runs(transfer, planes)
+        if (direct := self._contiguous(transfer, pinned)) is not None:
+            self._copy(op, direct, stream)
+            pinned = []
+        batches = list(self._batches(transfer, pinned, others))
         if not batches:
             return
         rows, sums = self._tables_of(pool)
@@ -184,30 +179,46 @@ class GpuBackend:
 
     # --- what is moved in one launch
 
-    def _batches(self, transfer: Transfer, planes: range) -> Iterator[_Batch]:
-        pool = transfer.pool
-        page = sum(pool.page_bytes[plane] for plane in planes)
-        total = page * len(transfer.page_ids)
-        if not total:
-            return
-        limit = self.policy.staged_from
-        reach: list[_Run] = []
-        stage: list[_Run] = []
+    def _runs(self, transfer: Transfer, planes: range) -> tuple[list[Run], list[Run]]:
+        """Those with chunks in pinned memory, and the others."""
+        found: tuple[list[Run], list[Run]] = [], []
         start = 0
         for piece in transfer.pieces:
-            run = _Run(planes, piece.address, piece.chunk_pages, piece.first, piece.pages, start)
+            run = Run(planes, piece.address, piece.chunk_pages, piece.first, piece.pages, start)
             start += piece.pages
-            if not run.pages:
-                continue
-            pinned = self.pins.find(piece.address, pool.chunk_bytes(piece.chunk_pages)) is not None
-            (reach if pinned and (limit is None or total < limit) else stage).append(run)
-        if reach:
-            yield _Batch(planes, reach, None)
-        yield from self._staged(pool, stage)
+            if run.pages and planes:
+                size = transfer.pool.chunk_bytes(piece.chunk_pages)
+                found[self.pins.find(piece.address, size) is None].append(run)
+        return found
 
-    def _staged(self, pool: PagedPool, runs: Iterable[_Run]) -> Iterator[_Batch]:
+    def _contiguous(self, transfer: Transfer, runs: Sequence[Run]) -> Contiguous | None:
+        """What the copy engines move by themselves; None if that is not the way for it."""
+        limit = self.policy.batch_from
+        if limit is None or not runs or not self.driver.batches:
+            return None
+        found = Contiguous(transfer.pool, transfer.page_ids, runs)
+        return found if found.mean_bytes >= limit else None
+
+    def _copy(self, op: str, direct: Contiguous, stream: int) -> None:
+        for chunk, pool, sizes in direct.pieces(BATCH_PIECES):
+            to, source = (chunk, pool) if op == GATHER else (pool, chunk)
+            self.driver.batch(
+                to.data_ptr(), source.data_ptr(), sizes.data_ptr(), len(sizes), stream
+            )
+
+    def _batches(
+        self, transfer: Transfer, pinned: Sequence[Run], others: Sequence[Run]
+    ) -> Iterator[_Batch]:
+        total = sum(_bytes_of(transfer.pool, run) for run in (*pinned, *others))
+        limit = self.policy.staged_from
+        if pinned and (limit is None or total < limit):
+            yield _Batch(pinned[0].planes, list(pinned), None)
+            pinned = []
+        yield from self._staged(transfer.pool, sorted([*pinned, *others], key=attrgetter("start")))
+
+    def _staged(self, pool: PagedPool, runs: Iterable[Run]) -> Iterator[_Batch]:
         """As many runs at a time as fit the staging buffer."""
-        batch: list[_Run] = []
+        batch: list[Run] = []
         places = [0]
         for run in self._cut(pool, runs):
             size = _bytes_of(pool, run)
@@ -221,7 +232,7 @@ class GpuBackend:
         if batch:
             yield _Batch(batch[0].planes, batch, places[:-1])
 
-    def _cut(self, pool: PagedPool, runs: Iterable[_Run]) -> Iterator[_Run]:
+    def _cut(self, pool: PagedPool, runs: Iterable[Run]) -> Iterator[Run]:
         """Runs that each fit the staging buffer: of fewer planes, of fewer pages where one plane is
         still too much. Raises ValueError for a page that does not.
         """
@@ -339,5 +350,5 @@ class GpuBackend:
         return Buffer(self.driver.allocate_host(size), self.driver.allocate(size), size)
 
 
-def _bytes_of(pool: PagedPool, run: _Run) -> int:
+def _bytes_of(pool: PagedPool, run: Run) -> int:
     return run.pages * sum(pool.page_bytes[plane] for plane in run.planes)

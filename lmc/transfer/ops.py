@@ -57,8 +57,13 @@ def scatter(
     backend.scatter(Transfer(pool, page_ids, pieces), _plane_range(pool, planes))
 
 
-def resolve(name: str, device: torch.device) -> Backend:
-    """The backend for a pool on `device`: the fastest that works here, or the one named."""
+def resolve(
+    name: str, device: torch.device, *, copy: str = "auto", blocks: int | None = None
+) -> Backend:
+    """The backend for a pool on `device`: the fastest that works here, or the one named. On a GPU
+    it copies as its vendor's policy says, or by the way and with as many blocks as are given
+    (`Policy.forced`). Raises ValueError for what is not served.
+    """
     if name not in KERNELS:
         raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(KERNELS)}")
     if name == "torch":
@@ -71,6 +76,8 @@ def resolve(name: str, device: torch.device) -> Backend:
         backend, refusal = TorchBackend(), str(error)
     if name not in ("auto", backend.name):
         raise ValueError(f"kernels {name!r} cannot serve this pool: {refusal}")
+    if isinstance(backend, GpuBackend):
+        backend.policy = backend.policy.forced(copy, blocks)
     return _chosen(backend, refusal if name == "auto" else "asked for")
 
 

@@ -4,6 +4,8 @@ pinned yet is copied by way of the device's own memory.
 Pinning costs about 0.1 s a GB, and fails for hundreds of GB at once on some systems: a slice should
 be SLICE_BYTES at most. No chunk may straddle two slices, whose addresses on the device need not be
 neighbours. The first slice that is refused ends it; the rest stays as it is.
+
+To pin memory is to touch it, so just before is the time to say which node it had better come from.
 """
 
 import logging
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 from lmc.kernels.driver import DriverError
 from lmc.transfer.gpu import GpuBackend
+from lmc.transfer.numa import node_of, prefer
 
 __all__ = ["SLICE_BYTES", "Pinner"]
 
@@ -48,9 +51,12 @@ class Pinner:
     def _run(self) -> None:
         driver = self._backend.driver
         driver.use(self._backend.device)
+        node = self._node()
         for address, num_bytes in self._slices:
             if self._stop.is_set():
                 return
+            if node is not None:
+                prefer(address, num_bytes, node)
             try:
                 device = driver.pin(address, num_bytes)
             except DriverError as error:
@@ -63,3 +69,10 @@ class Pinner:
                 return
             self._pinned.append((address, num_bytes))
             self._backend.pins.add(address, num_bytes, device)
+
+    def _node(self) -> int | None:
+        """Which memory the device is near to."""
+        try:
+            return node_of(self._backend.driver.pci_address(self._backend.device))
+        except DriverError:
+            return None

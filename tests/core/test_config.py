@@ -27,6 +27,8 @@ def test_defaults() -> None:
         "io_threads": 4,
         "write_queue_bytes": 10**9,
         "kernels": "auto",
+        "gpu_copy": "auto",
+        "gpu_blocks": None,
         "unknown": (),
     }
 
@@ -44,12 +46,25 @@ def test_all_settings_are_read() -> None:
             "LMC_IO_THREADS": "2",
             "LMC_WRITE_QUEUE_MB": "0.5",
             "LMC_KERNELS": "torch",
+            "LMC_GPU_COPY": "stage",
+            "LMC_GPU_BLOCKS": "32",
             "HOME": "/",
         }
     )
     tiers = (TierUrl("file", "", "/a", {"gb": "2"}), TierUrl("file", "", "/b", {}))
     expected = Config(
-        True, 1_500_000_000, tiers, 512, "pepper", "2026-11", 0.02, 2, 500_000, "torch"
+        True,
+        1_500_000_000,
+        tiers,
+        512,
+        "pepper",
+        "2026-11",
+        0.02,
+        2,
+        500_000,
+        "torch",
+        "stage",
+        32,
     )
     assert config == expected
     config.refuse_unknown()
@@ -59,7 +74,7 @@ def test_every_setting_has_a_documented_field() -> None:
     text = Path(__file__).parents[2].joinpath("lmc/config.py").read_text()
     settings = set(re.findall(r'^    "(LMC_\w+)": \(', text, re.MULTILINE))
     documented = set(re.findall(r'"""(LMC_\w+):', text))
-    assert len(settings) == 10
+    assert len(settings) == 12
     assert settings == documented
 
 
@@ -96,6 +111,8 @@ def test_ways_to_say_no(text: str) -> None:
         ("LMC_IO_THREADS", "1000", "must be a whole number from 1 to 256"),
         ("LMC_WRITE_QUEUE_MB", "-0.1", "must be a number from 0 to 1e+06 MB"),
         ("LMC_KERNELS", "cuda12", "choices: auto, cpu, cuda, hip, torch"),
+        ("LMC_GPU_COPY", "fast", "choices: auto, reach, batch, stage"),
+        ("LMC_GPU_BLOCKS", "0", "must be a whole number from 1 to 65535"),
         ("LMC_TIERS", "/plain/path", "has no known scheme; choices: file://"),
         ("LMC_TIERS", "ftp://host/x", "has no known scheme; choices: file://"),
         ("LMC_TIERS", "file:///a,", "'' has no known scheme"),

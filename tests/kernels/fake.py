@@ -2,6 +2,8 @@
 
 import ctypes
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from lmc.cuda.driver import CudaDriver
 from lmc.hip.driver import HipDriver
 from lmc.kernels import Vendor, listed, load
 from lmc.transfer.gpu import GpuBackend
+from lmc.transfer.pages import PagedPool
 
 VENDORS = {
     Vendor.CUDA: (CudaDriver, cuda.POLICY, "sm_90"),
@@ -40,6 +43,16 @@ class Fake:
     def left(self) -> int:
         """Streams, events, memory and pins that nobody gave back."""
         return self.library.fake_left()
+
+    @contextmanager
+    def owns(self, pool: PagedPool) -> Iterator[None]:
+        """The pool lies in the device's memory."""
+        for plane in pool.planes:
+            size = (pool.num_pages - 1) * plane.stride(0) + plane.shape[1]
+            self.library.fake_own(ctypes.c_void_p(plane.data_ptr()), ctypes.c_size_t(size))
+        yield
+        for plane in pool.planes:
+            self.library.fake_disown(ctypes.c_void_p(plane.data_ptr()))
 
     def backend(self, **policy: object) -> GpuBackend:
         policy = {"grid": 3, "staging_bytes": 1 << 20, **policy}

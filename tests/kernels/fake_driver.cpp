@@ -8,6 +8,7 @@
 // Handles that were never made, or are gone, are refused; so is a kernel that reads or writes a chunk where no
 // memory of the device or pinned memory by its device address is. fake_count tells what was done and what is left.
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -69,6 +70,12 @@ bool inside(const std::map<uint64_t, size_t>& memory, uint64_t begin, size_t siz
     if (at == memory.begin()) return false;
     --at;
     return begin + size <= at->first + at->second;
+}
+
+bool pinned_here(uint64_t begin, size_t size) {
+    for (const auto& [at, range] : pins)
+        if (begin >= at && begin + size <= range.end) return true;
+    return false;
 }
 
 std::shared_ptr<Stream> stream_of(void* handle) {
@@ -164,6 +171,29 @@ int fake_copy(void* to, const void* from, size_t size, void* stream, bool down) 
         memcpy(to, from, size);
         return (int)OK;
     });
+}
+
+// Host memory must be pinned, and named by its address here; the order is anybody's.
+int fake_batch(const uint64_t* to, const uint64_t* from, const uint64_t* sizes, size_t count, const int* attributes,
+               const size_t* first, size_t num_attributes, void* stream) {
+    const bool fits = count && stream && num_attributes == 1 && *first == 0 && attributes[0] == 1 && attributes[5] == 0;
+    if (!fits || count > 8192) return INVALID_VALUE;
+    for (size_t i = 0; i < count; ++i)
+        for (const uint64_t p : {to[i], from[i]})
+            if (!inside(device_memory, p, sizes[i]) && !pinned_here(p, sizes[i])) return INVALID_VALUE;
+    if (++counts["batches"] == settings["fail_batch"]) return OUT_OF_MEMORY;
+    counts["pieces"] += (int64_t)count;
+    for (size_t i = count; i--;)
+        if (const int status = put(stream, [to = (void*)to[i], from = (void*)from[i], size = sizes[i]] {
+                memcpy(to, from, size);
+                return (int)OK;
+            }))
+            return status;
+    return OK;
+}
+
+int fake_pci_address(char* text, int size, int device) {
+    return snprintf(text, (size_t)size, "0000:3B:%02X.0", device) < size ? OK : INVALID_VALUE;
 }
 
 int fake_stream(void** stream, unsigned flags) {
@@ -311,7 +341,16 @@ CALL(VENDOR(cuMemHostUnregister, hipHostUnregister), void* h) return fake_unpin(
 CALL(VENDOR(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer), void** d, void* h, unsigned flags)
     return flags ? (int)INVALID_VALUE : fake_device_address(d, h); END
 
+CALL(VENDOR(cuDeviceGetPCIBusId, hipDeviceGetPCIBusId), char* text, int size, int device)
+    return fake_pci_address(text, size, device); END
+
 #if defined(CUDA)
+CALL(cuMemcpyBatchAsync_v2, const uint64_t* to, const uint64_t* from, const uint64_t* sizes, size_t count,
+     const int* attributes, const size_t* first, size_t num, void* s) IN_USE
+    return fake_batch(to, from, sizes, count, attributes, first, num, s); END
+CALL(cuMemcpyBatchAsync, const uint64_t* to, const uint64_t* from, const uint64_t* sizes, size_t count,
+     const int* attributes, const size_t* first, size_t num, size_t* failed, void* s) IN_USE
+    return failed ? fake_batch(to, from, sizes, count, attributes, first, num, s) : (int)INVALID_VALUE; END
 CALL(cuDevicePrimaryCtxRetain, void** context, int device) return made(context, 0xC0 + device); END
 CALL(cuCtxSetCurrent, void* context) device_used = context != nullptr; return OK; END
 CALL(cuGetErrorName, int status, const char** text) *text = status == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR"; return OK; END

@@ -3,16 +3,20 @@
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import lmc.cuda.driver as module
+from lmc import cuda, hip
 from lmc.kernels import Vendor, listed, load
 from lmc.kernels.driver import DriverError, mapped_library
 from lmc.tiers.arena import Arena
+from lmc.transfer import pinning
 from lmc.transfer.gpu import GpuBackend, Pins
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.pinning import Pinner
@@ -108,11 +112,25 @@ class Pinned:
 
 
 WAYS = {
-    "reaching": ({"staged_from": None}, True),
-    "staged": ({"staged_from": 0}, True),
-    "staged in parts": ({"staged_from": 0, "staging_bytes": 1 << 16}, True),
+    "reaching": ({"batch_from": None, "staged_from": None}, True),
+    "in a batch": ({"batch_from": 0, "staged_from": None}, True),
+    "staged": ({"batch_from": None, "staged_from": 0}, True),
+    "staged in parts": ({"batch_from": None, "staged_from": 0, "staging_bytes": 1 << 16}, True),
     "pageable": ({"staged_from": None}, False),
 }
+
+
+class Lent(Pinned):
+    """So is the pool, to the fake driver."""
+
+    def __init__(self, fake: Fake, backend: GpuBackend) -> None:
+        super().__init__(backend)
+        self._fake = fake
+
+    @contextmanager
+    def _pins(self, transfer: Transfer) -> Iterator[None]:
+        with self._fake.owns(transfer.pool), super()._pins(transfer):
+            yield
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,9 +138,13 @@ WAYS = {
 def test_every_case_moves_its_bytes(fake: Fake, way: str, case: str) -> None:
     policy, pins = WAYS[way]
     backend = fake.backend(**policy)
-    mover = Pinned(backend) if pins else backend
+    mover = Lent(fake, backend) if pins else backend
     got, want = CASES[case](mover), CASES[case](TorchBackend())
     assert all(map(torch.equal, got, want))
+    if fake.vendor is Vendor.CUDA and way == "in a batch":
+        assert fake.count("launches") == 0
+    else:
+        assert fake.count("batches") == 0
     backend.close()
     assert fake.left == 0
 
@@ -157,6 +179,104 @@ def test_pinned_memory_is_reached_in_place_and_other_memory_by_copies(fake: Fake
     assert torch.equal(torch.stack([reached, copied]), want)
 
 
+class TestBatches:
+    """Copy engines that are given all pieces in one call: NVIDIA's alone."""
+
+    @pytest.fixture
+    def fake(self, libraries: dict[Vendor, Path]) -> Fake:
+        return Fake(Vendor.CUDA, libraries[Vendor.CUDA])
+
+    def move(self, fake: Fake, ids: Sequence[int], pool: PagedPool, **policy: object) -> None:
+        backend, chunk = fake.backend(**policy), chunk_for(pool, len(ids))
+        transfer = Transfer(
+            pool, torch.tensor(ids), [Piece(chunk.data_ptr(), len(ids), 0, len(ids))]
+        )
+        with fake.owns(pool), pinned(backend, chunk):
+            backend.gather(transfer, range(len(pool.planes)))
+        assert torch.equal(
+            chunk, torch.cat([plane[transfer.page_ids] for plane in pool.planes], 0).view(-1)
+        )
+        backend.close()
+        assert fake.left == 0
+
+    @pytest.mark.parametrize(
+        ("ids", "pieces"),
+        [((0, 1, 2, 3), 1), ((3, 2, 1, 0), 4), ((5, 6, 1, 2, 3, 7), 3), ((4, 4, 5, 4), 3)],
+    )
+    def test_pages_that_follow_one_another_are_one_piece(
+        self, fake: Fake, ids: tuple[int, ...], pieces: int
+    ) -> None:
+        self.move(fake, ids, small_pool(), batch_from=0)
+        assert (fake.count("batches"), fake.count("pieces")) == (1, 4 * pieces)
+
+    def test_pages_with_something_between_them_are_not(self, fake: Fake) -> None:
+        memory = [torch.randint(256, (8, 96), dtype=torch.uint8) for _ in range(4)]
+        self.move(fake, (0, 1, 2), PagedPool([one[:, :64] for one in memory]), batch_from=0)
+        assert fake.count("pieces") == 4 * 3
+
+    @pytest.mark.parametrize(("ids", "is_batch"), [((1, 2, 3, 0), True), ((1, 2, 4, 0), False)])
+    def test_pieces_are_as_large_as_they_are_submitted(
+        self, fake: Fake, ids: tuple[int, ...], is_batch: bool
+    ) -> None:
+        """Two pieces of 128 bytes on the average, or three of 85."""
+        self.move(fake, ids, small_pool(), batch_from=100)
+        assert (fake.count("batches"), fake.count("launches")) == (is_batch, not is_batch)
+
+    def test_no_call_has_more_pieces_than_a_driver_is_trusted_with(self, fake: Fake) -> None:
+        pool = PagedPool([torch.randint(256, (2 * 9000, 4), dtype=torch.uint8) for _ in range(2)])
+        self.move(fake, range(0, 18000, 2), pool, batch_from=0)
+        assert (fake.count("batches"), fake.count("pieces")) == (4, 18000)
+
+    def test_a_chunk_that_is_not_pinned_goes_by_the_staging_buffer(self, fake: Fake) -> None:
+        backend, pool = fake.backend(batch_from=0), small_pool()
+        chunks = [chunk_for(pool, 2) for _ in range(2)]
+        pieces = [Piece(chunk.data_ptr(), 2, 0, 2) for chunk in chunks]
+        with fake.owns(pool), pinned(backend, chunks[1]):
+            backend.gather(Transfer(pool, torch.tensor((3, 1, 0, 7)), pieces), range(4))
+        assert (fake.count("pieces"), fake.count("launches")) == (8, 1)
+        for chunk, ids in zip(chunks, ([3, 1], [0, 7]), strict=True):
+            assert torch.equal(chunk, torch.cat([plane[ids] for plane in pool.planes]).view(-1))
+        backend.close()
+
+    @pytest.mark.parametrize("calls", [["cuMemcpyBatchAsync"], []])
+    def test_older_drivers(
+        self, fake: Fake, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            module, "BATCH_CALLS", {name: module.BATCH_CALLS[name] for name in calls}
+        )
+        fake.driver = module.CudaDriver(fake.driver.path)
+        self.move(fake, (3, 1, 0, 7), small_pool(), batch_from=0)
+        assert fake.count("batches") == len(calls)
+        assert fake.count("cuMemcpyBatchAsync_v2") == 0
+
+    def test_a_refusal_is_the_drivers_own(self, fake: Fake) -> None:
+        backend, pool = fake.backend(batch_from=0), small_pool()
+        chunk = chunk_for(pool)
+        fake.set("fail_batch", 1)
+        with (
+            fake.owns(pool),
+            pinned(backend, chunk),
+            pytest.raises(DriverError, match=r"cuMemcpyBatchAsync_v2: .*\(2\), a fake one"),
+        ):
+            backend.gather(transfer_of(pool, chunk), range(4))
+        backend.close()
+        assert fake.left == 0
+
+
+def test_a_vendors_choice_can_be_overruled() -> None:
+    for policy in (cuda.POLICY, hip.POLICY):
+        assert policy.forced("auto") == policy
+        assert policy.forced("auto", 5) == replace(policy, grid=5)
+        assert policy.forced("reach") == replace(policy, batch_from=None, staged_from=None)
+        assert policy.forced("stage") == replace(policy, batch_from=None, staged_from=0)
+        with pytest.raises(ValueError, match="'fast', choose from auto, reach, batch, stage"):
+            policy.forced("fast")
+    assert cuda.POLICY.forced("batch") == replace(cuda.POLICY, batch_from=0, staged_from=None)
+    with pytest.raises(ValueError, match="choose reach or stage"):
+        hip.POLICY.forced("batch")
+
+
 def test_a_page_that_does_not_fit_the_staging_buffer_is_refused(fake: Fake) -> None:
     backend, pool = fake.backend(staging_bytes=32), small_pool()
     with pytest.raises(ValueError, match="page of 64 bytes does not fit the staging buffer of 32"):
@@ -175,6 +295,21 @@ def test_pins_are_found_where_they_are_whole() -> None:
     pins.remove(1000)
     assert pins.find(1000, 1) is None
     assert pins.find(1100, 1) == 90_000
+
+
+def test_what_is_pinned_comes_from_the_devices_own_node(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(pinning, "node_of", lambda address: asked.append(address) or 3)
+    monkeypatch.setattr(pinning, "prefer", lambda *slice_and_node: asked.append(slice_and_node))
+    backend, arena = fake.backend(), Arena(4, 4096)
+    pinner = Pinner(backend, arena.slices(2 * arena.slot_bytes))
+    assert pinner.wait(10.0)
+    assert asked == ["0000:3b:00.0", *((*one, 3) for one in arena.slices(2 * arena.slot_bytes))]
+    pinner.close()
+    backend.close()
+    arena.close()
 
 
 def test_an_arena_is_pinned_in_slices_of_whole_slots(fake: Fake, pool: PagedPool) -> None:

@@ -495,10 +495,10 @@ class Engine:
         """lmc asks vLLM's process groups for its rank, and copies with what its kernels are."""
         resolve, streams = lmc_vllm.worker.resolve, lmc_vllm.worker.engine_streams
 
-        def gated(*args: Any) -> Any:
+        def gated(*args: Any, **options: Any) -> Any:
             if self.options.gpu is not None:
                 return self.options.gpu.backend()
-            self.copies.append(Copies(resolve(*args)))
+            self.copies.append(Copies(resolve(*args, **options)))
             return self.copies[-1]
 
         kept = lmc_vllm.connector._rank, engine_core.freeze_gc_heap, engine_core.enable_envs_cache
