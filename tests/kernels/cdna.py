@@ -1,7 +1,9 @@
-"""Executes CDNA assembly (gfx90a, gfx942, gfx950) without a GPU: numpy over the 64 lanes of a wave.
+"""Executes AMD's assembly without a GPU, numpy over the lanes of a wave: CDNA (gfx90a, gfx942,
+gfx950, 64 lanes) and RDNA (gfx1100, gfx1201, 32 lanes).
 
-Knows what clang writes for our kernels; anything else is a Fault that names it. A register whose
-load was not waited for must not be touched. Not modelled: time, caches, the order of memory.
+Knows what clang writes for our kernels; anything else is a Fault that names it. RDNA's names for
+what CDNA has too are CDNA's here. A register whose load was not waited for must not be touched. Not
+modelled: time, caches, the order of memory.
 """
 
 import functools
@@ -17,11 +19,24 @@ import numpy as np
 from .memory import Fault, Memory
 
 U32, U64, I32, F32 = np.uint32, np.uint64, np.int32, np.float32
-LANES = 64
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 MAX_STEPS = 500_000
 NO_EFFECT = {"s_nop", "s_barrier"}  # waves here share nothing
-CACHE_HINTS = {"nt", "sc0", "sc1", "glc", "slc"}
+NO_EFFECT |= {"s_clause", "s_delay_alu", "s_waitcnt_depctr", "s_wait_alu"}
+CACHE_HINTS = {"nt", "sc0", "sc1", "glc", "slc", "dlc"}
+COUNTERS = {"s_wait_loadcnt": "vmcnt", "s_wait_kmcnt": "lgkmcnt"}
+WORDS = {"b32": "dword", "b64": "dwordx2", "b96": "dwordx3", "b128": "dwordx4", "b256": "dwordx8"}
+WORDS |= {"u8": "ubyte", "b8": "byte", "d16_hi_b8": "byte_d16_hi", "d16_u8": "ubyte_d16"}
+RENAMED = [
+    (r"(s_load|global_load|global_store)_(\w+)", lambda m: f"{m[1]}_{WORDS.get(m[2], m[2])}"),
+    (r"s_and_not1_(\w+)", r"s_andn2_\1"),
+    (r"s_(add|sub)_co_(\w+)", r"s_\1_\2"),
+    (r"v_(add|sub|subrev)_nc_u32", r"v_\1_u32"),
+    (r"v_add_co_ci_u32", "v_addc_co_u32"),
+    (r"v_sub_co_ci_u32", "v_subb_co_u32"),
+    (r"v_mad_co_u64_u32", "v_mad_u64_u32"),
+]
+"""RDNA's names, and CDNA's."""
 TYPES = {"u": U32, "i": I32, "f": F32, "U": U64}
 
 
@@ -36,7 +51,9 @@ class Kernel(NamedTuple):
     name: str
     code: list[Instruction]
     labels: dict[str, int]
-    first_scalar: int  # of the registers that are set at the start
+    first_scalar: int  # of the address of the arguments
+    block: str  # where the number of the block is
+    lanes: int
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -47,13 +64,17 @@ def parse(text: str) -> dict[str, Kernel]:
 def _kernel(name: str, body: str, text: str) -> Kernel:
     described = text.partition(f".amdhsa_kernel {name}\n")[2].partition(".end_amdhsa_kernel")[0]
     facts = dict(re.findall(r"\.amdhsa_(\w+) (\d+)", described))
+    generation = re.search(r'\.amdgcn_target ".*-gfx(\d+)\w\w"', text)
+    rdna = int(generation[1]) if generation and int(generation[1]) >= 10 else 0
     unused = 4 * int(facts.get("user_sgpr_private_segment_buffer", 0))  # gfx90a puts it first
-    expected = {"user_sgpr_count": unused + 2, "user_sgpr_kernarg_segment_ptr": 1}
-    expected |= {"system_sgpr_workgroup_id_x": 1, "wavefront_size32": 0}
+    count = 15 if rdna == 11 else unused + 2
+    expected = {"user_sgpr_count": count, "user_sgpr_kernarg_segment_ptr": 1}
+    expected |= {"system_sgpr_workgroup_id_x": 1, "wavefront_size32": int(rdna > 0)}
     expected |= {"private_segment_fixed_size": 0, "group_segment_fixed_size": 0}
     if wrong := {key for key, value in expected.items() if int(facts.get(key, 0)) != value}:
         raise Fault(f"{name} starts in another way: {sorted(wrong)}")
-    kernel = Kernel(name, [], {}, unused)
+    block = "ttmp9" if rdna == 12 else f"s{count}"
+    kernel = Kernel(name, [], {}, unused, block, 32 if rdna else 64)
     for line in body.splitlines():
         statement = line.partition(";")[0].strip()
         if statement.endswith(":"):
@@ -64,13 +85,37 @@ def _kernel(name: str, body: str, text: str) -> Kernel:
 
 
 def _instruction(statement: str) -> Instruction:
+    if "::" in statement:  # two at once
+        return Instruction("dual", _operands_of_both(statement), {}, statement)
     name, *words = re.findall(r"[\w\-.()]+(?:\[\d+:\d+\]|:\[[\d,]+\]|:-?\w+)?", statement)
+    words = [word for word in words if not word.startswith("th:")]
     pairs = [re.fullmatch(r"(\w+):(-?\w+)", word) for word in words]
     modifiers = {pair[1]: int(pair[2], 0) for pair in pairs if pair}
     operands = [
         w for w, pair in zip(words, pairs, strict=True) if not pair and w not in CACHE_HINTS
     ]
-    return Instruction(re.sub(r"_e(32|64)$", "", name), operands, modifiers, statement)
+    name = re.sub(r"_e(32|64)$", "", name)
+    for known, cdna in RENAMED:
+        name = re.sub(f"^{known}$", cdna, name)
+    if name in COUNTERS:
+        name, operands = "s_waitcnt", [f"{COUNTERS[name]}({int(operands[0], 0)})"]
+    if name.startswith("v_cmpx_"):
+        name, operands = name.replace("cmpx", "cmp"), ["exec_lo", *operands]
+    return Instruction(name, operands, modifiers, statement)
+
+
+def _halves(statement: str) -> list[Instruction]:
+    """Of two at once, each by its own name."""
+    found = []
+    for half in statement.split("::"):
+        one = _instruction(half.strip().replace("v_dual_", "v_"))
+        implied = ["vcc_lo"] if one.name == "v_cndmask_b32" else []
+        found.append(one._replace(operands=[*one.operands, *implied]))
+    return found
+
+
+def _operands_of_both(statement: str) -> list[str]:
+    return [operand for half in _halves(statement) for operand in half.operands]
 
 
 def launch(
@@ -78,7 +123,7 @@ def launch(
 ) -> None:
     given = memory.add(np.frombuffer(args, np.uint8).copy())
     for index in range(grid):
-        for first in range(0, block, LANES):
+        for first in range(0, block, kernel.lanes):
             Wave(kernel, memory, given, index, first, executed).run()
 
 
@@ -96,6 +141,10 @@ def operand_of(text: str) -> Operand:
         return Operand(found[1], first, int(found[4] or first) - first + 1, text)
     if text in ("vcc", "exec"):
         return Operand("special", 0, 2, text)
+    if text in ("vcc_lo", "exec_lo", "ttmp9"):
+        return Operand("special", 0, 1, text.removesuffix("_lo"))
+    if text == "null":
+        return Operand("null", 0, 0, text)
     if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", text):
         return Operand("literal", int(text, 0), 0, text)
     if re.fullmatch(r"-?\d+\.\d+", text):
@@ -104,8 +153,8 @@ def operand_of(text: str) -> Operand:
 
 
 @functools.lru_cache
-def lanes_of(mask: int) -> np.ndarray:
-    bits = np.frombuffer(mask.to_bytes(8, "little"), np.uint8)
+def lanes_of(mask: int, lanes: int) -> np.ndarray:
+    bits = np.frombuffer(mask.to_bytes(lanes // 8, "little"), np.uint8)
     return np.unpackbits(bits, bitorder="little").astype(bool)
 
 
@@ -119,7 +168,7 @@ def _signed(value: int) -> int:
 
 def _permute(high: np.ndarray, low: np.ndarray, select: np.ndarray) -> np.ndarray:
     both = low.astype(U64) | high.astype(U64) << U64(32)
-    result = np.zeros(LANES, U32)
+    result = np.zeros(select.shape, U32)
     for byte in range(4):
         chosen = select >> U32(8 * byte) & U32(0xFF)
         if not ((chosen < 8) | (chosen == 12)).all():
@@ -184,11 +233,13 @@ SCALAR: dict[str, Callable[[int, int], int]] = {
     "xor": operator.xor,
     "andn2": lambda a, b: a & ~b,
 }
+HALF = {"load": "_d16", "store": "_d16_hi"}
+"""The half of a register that a byte comes into or goes from."""
 GLOBAL_BYTES = {"ubyte": 1, "byte": 1, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 class Wave:
-    """64 threads of one block, one instruction after the other."""
+    """The threads of one block that run together, one instruction after the other."""
 
     def __init__(
         self,
@@ -200,11 +251,14 @@ class Wave:
         executed: Counter[str],
     ) -> None:
         self.kernel, self.memory, self.executed = kernel, memory, executed
-        self.vector = np.full((256, LANES), 0xDEADBEEF, U32)
-        self.vector[0] = np.arange(first, first + LANES)
-        given = enumerate((args & MASK32, args >> 32, block), kernel.first_scalar)
-        self.scalar: dict[int, int] = dict(given)
-        self.special = {"exec": MASK64, "vcc": 0}
+        self.lanes = kernel.lanes
+        self.all_on = 2**self.lanes - 1
+        self.vector = np.full((256, self.lanes), 0xDEADBEEF, U32)
+        self.vector[0] = np.arange(first, first + self.lanes)
+        self.scalar = dict(enumerate((args & MASK32, args >> 32), kernel.first_scalar))
+        self.special = {"exec": self.all_on, "vcc": 0, "ttmp9": block}
+        if kernel.block != "ttmp9":
+            self.write_scalar(kernel.block, block)
         self.scc = False
         self.pc = 0
         self.loads: list[set[str]] = []  # in flight, in order; a store is an empty set
@@ -229,7 +283,9 @@ class Wave:
         self.check_waited(instruction.operands)
         if name in NO_EFFECT:
             return
-        if name.startswith(("s_branch", "s_cbranch")):
+        if name == "dual":
+            self.run_both(*_halves(instruction.text))
+        elif name.startswith(("s_branch", "s_cbranch")):
             self.branch(instruction)
         elif name.startswith("s_"):
             self.run_scalar(instruction)
@@ -237,6 +293,14 @@ class Wave:
             self.run_global(instruction)
         else:
             self.run_vector(instruction)
+
+    @property
+    def on(self) -> np.ndarray:
+        """The lanes that are."""
+        return lanes_of(self.special["exec"], self.lanes)
+
+    def mask(self, text: str) -> np.ndarray:
+        return lanes_of(self.read_scalar(text) & self.all_on, self.lanes)
 
     # what is in flight
 
@@ -273,11 +337,11 @@ class Wave:
     def write_scalar(self, text: str, value: int) -> None:
         operand = operand_of(text)
         if operand.kind == "special":
-            self.special[operand.name] = value & MASK64
+            self.special[operand.name] = value & self.all_on
         elif operand.kind == "s":
             for i in range(operand.count):
                 self.scalar[operand.index + i] = value >> 32 * i & MASK32
-        else:
+        elif operand.kind != "null":
             raise Fault(f"{text} is no scalar")
 
     def read(self, text: str, kind: str) -> np.ndarray:
@@ -290,18 +354,27 @@ class Wave:
             return self.vector[operand.index].view(TYPES[kind])
         value = self.read_scalar(text)
         if kind == "U":
-            return np.full(LANES, value, U64)
-        return np.full(LANES, value & MASK32, U32).view(TYPES[kind])
+            return np.full(self.lanes, value, U64)
+        return np.full(self.lanes, value & MASK32, U32).view(TYPES[kind])
 
     def write(self, text: str, value: np.ndarray) -> None:
-        operand, on = operand_of(text), lanes_of(self.special["exec"])
+        operand, on = operand_of(text), self.on
         if operand.kind != "v" or operand.count * 4 != value.dtype.itemsize:
             raise Fault(f"{value.dtype} into {text}")
-        parts = np.ascontiguousarray(value).view(U32).reshape(LANES, operand.count)
+        parts = np.ascontiguousarray(value).view(U32).reshape(self.lanes, operand.count)
         for i in range(operand.count):
             self.vector[operand.index + i][on] = parts[on, i]
 
     # instructions
+
+    def run_both(self, first: Instruction, second: Instruction) -> None:
+        """Both read before either writes."""
+        before = self.vector.copy()
+        self.run_vector(first)
+        written, self.vector = self.vector, before
+        self.run_vector(second)
+        to = operand_of(first.operands[0]).index
+        self.vector[to] = written[to]
 
     def branch(self, instruction: Instruction) -> None:
         taken = {
@@ -320,6 +393,11 @@ class Wave:
         name, (to, *sources) = instruction.name, instruction.operands
         if name.startswith("s_load_dword"):
             self.load_scalar(name, to, *sources)
+            return
+        if name.endswith("_f32") or "_f32_" in name:  # as the vector instruction of that name
+            kinds, compute = VECTOR[name.replace("s_", "v_", 1)]
+            values = [self.read(*pair)[:1] for pair in zip(sources, kinds, strict=True)]
+            self.write_scalar(to, int(compute(*values).view(U32)[0]))
             return
         _, op, kind = re.fullmatch(r"(s_)(\w+)_([biu]\d+)", name).groups()
         mask = MASK64 if kind.endswith("64") else MASK32
@@ -380,13 +458,16 @@ class Wave:
 
     def run_global(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
-        found = re.fullmatch(r"global_(load|store)_(\w+?)(_d16_hi)?", name)
-        if not found or found[2] not in GLOBAL_BYTES or (found[1] == "load" and found[3]):
+        found = re.fullmatch(r"global_(load|store)_(\w+?)(_d16|_d16_hi)?", name)
+        if not found or found[2] not in GLOBAL_BYTES or found[3] not in (None, HALF[found[1]]):
             raise Fault(f"unknown CDNA instruction {instruction.text}")
         is_load, size = found[1] == "load", GLOBAL_BYTES[found[2]]
         register, address, base = operands if is_load else [operands[1], operands[0], operands[2]]
-        on = lanes_of(self.special["exec"])
-        self.loads.append(_parts([register]) if is_load else set())
+        on = self.on
+        if is_load:
+            self.loads.append(_parts([register]))
+        elif self.lanes == 64:  # RDNA counts its stores by themselves
+            self.loads.append(set())
         if not on.any():
             return
         if base == "off":
@@ -400,7 +481,8 @@ class Wave:
             data = self.memory.load(where, size)
             data = np.pad(data, ((0, 0), (0, -size % 4))).view(U32)  # a byte fills its register
             for i, word in enumerate(words):
-                self.vector[word][on] = data[:, i]
+                kept = self.vector[word][on] & U32(0xFFFF0000 if found[3] else 0)
+                self.vector[word][on] = data[:, i] | kept
             return
         values = np.stack(
             [self.vector[word][on] >> U32(16 if found[3] else 0) for word in words], 1
@@ -409,7 +491,7 @@ class Wave:
 
     def run_vector(self, instruction: Instruction) -> None:
         name, (to, *sources) = instruction.name, instruction.operands
-        on = lanes_of(self.special["exec"])
+        on = self.on
         if name in VECTOR:
             kinds, compute = VECTOR[name]
             values = [self.read(*pair) for pair in zip(sources, kinds, strict=True)]
@@ -421,7 +503,7 @@ class Wave:
                 a, b = a.view(np.int64), b.view(np.int64)
             self.write_scalar(to, mask_of(COMPARE[compare[1]](a, b) & on))
         elif name == "v_cndmask_b32":
-            chosen = lanes_of(self.read_scalar(sources[2]))
+            chosen = self.mask(sources[2])
             self.write(to, np.where(chosen, self.read(sources[1], "u"), self.read(sources[0], "u")))
         elif name == "v_readfirstlane_b32":
             lane = int(np.argmax(on))
@@ -445,7 +527,7 @@ class Wave:
 
     def carry(self, op: str, to: str, sources: list[str], on: np.ndarray) -> None:
         a, b = (self.read(source, "u").astype(np.int64) for source in sources[1:3])
-        given = lanes_of(self.read_scalar(sources[3])) if op in ("addc", "subb") else 0
+        given = self.mask(sources[3]) if op in ("addc", "subb") else 0
         exact = a + b + given if op.startswith("add") else a - b - given
         self.write_scalar(sources[0], mask_of(((exact < 0) | (exact > MASK32)) & on))
         self.write(to, (exact & MASK32).astype(U32))
@@ -453,7 +535,7 @@ class Wave:
     def any_logic(self, sources: list[str], table: int) -> np.ndarray:
         """Bit by bit, table[a << 2 | b << 1 | c]."""
         inputs = [self.read(source, "u") for source in sources]
-        result = np.zeros(LANES, U32)
+        result = np.zeros(self.lanes, U32)
         for row in range(8):
             if table >> row & 1:
                 terms = (x if row >> 2 - i & 1 else ~x for i, x in enumerate(inputs))

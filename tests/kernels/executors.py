@@ -3,7 +3,7 @@
 cuda-host, hip-host       the source of each vendor, as C++
 compute_80                the PTX that ships
 compute_100               the PTX that NVRTC makes sm_100 of
-gfx90a, gfx942, gfx950    the assembly of the objects that ship
+gfx90a to gfx1201         the assembly of the objects that ship
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from .memory import Fault, Memory
 
 HOSTS = ("cuda-host", "hip-host")
 PTX = ("compute_80", "compute_100")
-CDNA = ("gfx90a", "gfx942", "gfx950")
+AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 ROOT = native.ROOT
 GRID = 2  # few, so that every crew has several slices to move
 HOST_FLAGS = ["-std=c++17", "-g", "-shared", "-fPIC", "-Wno-attributes", "-Wno-unknown-pragmas"]
@@ -152,7 +152,7 @@ def make(name: str, folder: Path, source: Path = ROOT) -> Executor:
             return Host(host_library("cuda", folder, source), cuda.WAVE)
         case "hip-host":
             return Host(host_library("hip", folder, source), hip.WAVE)
-        case "gfx90a" | "gfx942" | "gfx950":
+        case _ if name in AMD:
             kernels = cdna.parse(native.hip_assembly(name, source))
             return Interpreted(kernels, cdna.launch, hip.WAVE)
         case _:

@@ -11,7 +11,7 @@ from ci import native
 from lmc.kernels import ImageError, PagesArgs, Vendor, check, choose, listed, load
 from lmc.kernels.images import describe
 
-from .executors import CDNA, ROOT
+from .executors import AMD, ROOT
 
 ARCHES = (*native.CUDA_ARCHES, *native.HIP_ARCHES)
 MANIFEST = json.loads((ROOT / native.MANIFEST).read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def test_another_build_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("arch", CDNA)
+@pytest.mark.parametrize("arch", AMD)
 def test_the_assembly_that_is_executed_is_that_of_the_object(arch: str, tmp_path: Path) -> None:
     native.assemble(native.hip_assembly(arch), arch, tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == load(choose(Vendor.HIP, arch))

@@ -116,6 +116,47 @@ def test_cdna_lanes_that_are_off_stay_as_they_are() -> None:
     assert run(cdna, CDNA, body).tolist() == [5, 5, 5, *range(3, 61), 7, 7, 7]
 
 
+RDNA = CDNA.replace(
+    "\t.amdhsa_kernel kernel\n", "\t.amdhsa_kernel kernel\n\t\t.amdhsa_wavefront_size32 1\n"
+)
+
+
+def rdna(arch: str) -> str:
+    count = "user_sgpr_count 15" if arch == "gfx1100" else "user_sgpr_count 2"
+    target = f'\t.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n'
+    return target + RDNA.replace("user_sgpr_count 2", count).replace("dwordx2", "b64")
+
+
+@pytest.mark.parametrize("arch", ["gfx1100", "gfx1201"])
+def test_rdna_runs_32_lanes_and_two_moves_at_once(arch: str) -> None:
+    body = (
+        "v_lshlrev_b32_e32 v1, 2, v0; v_dual_mov_b32 v2, 7 :: v_dual_mov_b32 v3, 5; "
+        "v_dual_mov_b32 v2, v3 :: v_dual_mov_b32 v3, v2; s_mov_b32 s6, exec_lo; "
+        "v_cmpx_gt_u32_e64 3, v0; global_store_b32 v1, v2, s[4:5]; s_mov_b32 exec_lo, s6; "
+        "v_cmp_lt_u32_e32 vcc_lo, 60, v0; s_and_saveexec_b32 s6, vcc_lo; "
+        "v_add_co_u32 v4, vcc_lo, -1, v3; v_add_co_ci_u32_e64 v5, null, 0, 0, vcc_lo; "
+        "v_dual_cndmask_b32 v6, v2, v3 :: v_dual_cndmask_b32 v7, v3, v2; "
+        "v_add_nc_u32_e32 v6, v6, v5; global_store_b32 v1, v6, s[4:5]"
+    )
+    assert run(cdna, rdna(arch), body).tolist() == [5, 5, 5, *range(3, 61), 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("wait", "early"),
+    [("s_waitcnt vmcnt(0)", False), ("s_waitcnt vmcnt(1)", True), ("s_wait_loadcnt 0x0", False)],
+)
+def test_rdna_counts_loads_alone(wait: str, early: bool) -> None:
+    body = (
+        "v_mov_b32_e32 v1, 0; global_load_b32 v2, v1, s[4:5]; global_store_b32 v1, v0, s[4:5]; "
+        f"{wait}; v_mov_b32_e32 v3, v2"
+    )
+    if early:
+        with pytest.raises(Fault, match="v2 is touched"):
+            run(cdna, rdna("gfx1201"), body, threads=32)
+    else:
+        run(cdna, rdna("gfx1201"), body, threads=32)
+
+
 def test_a_wait_lets_the_latest_loads_fly_on() -> None:
     body = (
         "v_mov_b32_e32 v1, 0; global_load_dword v2, v1, s[4:5]; "

@@ -13,7 +13,7 @@ from lmc.transfer.reference import TorchBackend
 
 from .cases import CASES
 from .executors import (
-    CDNA,
+    AMD,
     HOSTS,
     PTX,
     ROOT,
@@ -31,7 +31,7 @@ Executors = Callable[[str], Executor]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["cpu", *HOSTS, *PTX, *CDNA])
+@pytest.mark.parametrize("name", ["cpu", *HOSTS, *PTX, *AMD])
 def test_moves_what_the_reference_moves(name: str, case: str, executor_of: Executors) -> None:
     backend = CpuBackend() if name == "cpu" else KernelBackend(executor_of(name))
     got, want = map(CASES[case], (backend, TorchBackend()))
@@ -57,7 +57,7 @@ def test_the_argument_is_the_struct_of_the_source(name: str, executor_of: Execut
     assert host.library.host_block_threads() == BLOCK
 
 
-@pytest.mark.parametrize("name", [*PTX, *CDNA])
+@pytest.mark.parametrize("name", [*PTX, *AMD])
 def test_words_of_all_widths_were_moved(name: str, executor_of: Executors) -> None:
     """The cases reach every path: each of them loads and stores by words of its own."""
     executor = executor_of(name)
@@ -67,7 +67,7 @@ def test_words_of_all_widths_were_moved(name: str, executor_of: Executors) -> No
         CASES[case](KernelBackend(executor))
     ops = [op.split(".")[-2:] if name in PTX else op.split("_")[1:] for op in executor.executed]
     wide = [["cs", "u8"], ["cs", "u32"], ["cs", "u64"], ["v4", "u32"]]
-    if name in CDNA:
+    if name in AMD:
         wide = [["store", width] for width in ("byte", "dword", "dwordx2", "dwordx4")]
     assert all(width in ops for width in wide)
 
@@ -81,7 +81,7 @@ def stray_transfer() -> Transfer:
     return transfer
 
 
-@pytest.mark.parametrize("name", [*PTX, *CDNA])
+@pytest.mark.parametrize("name", [*PTX, *AMD])
 def test_interpreters_see_a_read_outside_the_pool(name: str, executor_of: Executors) -> None:
     with pytest.raises(Fault, match="outside of every buffer"):
         KernelBackend(executor_of(name)).gather(stray_transfer(), range(1))
