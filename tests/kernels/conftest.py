@@ -1,14 +1,50 @@
-"""Executors of the kernels, each made once."""
+"""Executors of the kernels and fake drivers, each made once, and what the tests of a run prove."""
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from ci import native
+from lmc.kernels import Vendor, proof
+from lmc.kernels.proof import OPS, How
+
 from .executors import Executor, make
+from .fake import build_all
+from .parity import PROPERTY, Parity
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "write what this run proved to lmc/kernels/proof.json, instead of comparing"
+    parser.addoption("--write-parity", action="store_true", help=about)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    plugin = Parity(config, native.source_hash(), proof.PROOF, "tests/kernels/")
+    config.pluginmanager.register(plugin, "parity")
+
+
+@pytest.fixture
+def proves(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`proves(target, how, cases=1, ops=OPS)`: once this test has passed, so many more cases of a
+    target's ops are proved in this way.
+    """
+
+    def record(target: str, how: How, cases: int = 1, ops: tuple[str, ...] = OPS) -> None:
+        properties = request.node.user_properties
+        properties.extend((PROPERTY, [target, op, str(how), cases]) for op in ops)
+
+    return record
 
 
 @pytest.fixture(scope="session")
 def executor_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Executor]:
     folder = tmp_path_factory.mktemp("kernels")
     return functools.cache(lambda name: make(name, folder))
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Vendor, Path]:
+    """The fake drivers."""
+    return build_all(tmp_path_factory.mktemp("drivers"))

@@ -24,12 +24,7 @@ from lmc.transfer.reference import TorchBackend
 from lmc.transfer.streams import StreamCopier
 
 from .cases import CASES
-from .fake import VENDORS, Fake, build_all
-
-
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Vendor, Path]:
-    return build_all(tmp_path_factory.mktemp("drivers"))
+from .fake import VENDORS, Fake
 
 
 @pytest.fixture(params=VENDORS, ids=str)

@@ -5,12 +5,13 @@ and how fast it is. Where this was written there was none: it never ran.
     pytest tests/kernels/test_gpu.py -m gpu --benchmark-enable -s
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lmc.kernels.proof import How
 from lmc.transfer.gpu import GpuBackend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
@@ -38,10 +39,17 @@ def backend(device: torch.device) -> Iterator[GpuBackend]:
     backend.close()
 
 
+def arch_of(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return found.gcnArchName.partition(":")[0]
+    return f"sm_{found.major}{found.minor}"
+
+
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if isinstance(case, Case)])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_case_moves_its_bytes(
-    backend: GpuBackend, device: torch.device, way: str, case: str
+    backend: GpuBackend, device: torch.device, way: str, case: str, proves: Callable[..., None]
 ) -> None:
     policy, pins = WAYS[way]
     backend.policy = replace(backend.policy, **policy)
@@ -49,6 +57,7 @@ def test_every_case_moves_its_bytes(
     assert isinstance(found, Case)
     got = found(Pinned(backend) if pins else backend, device)
     assert all(map(torch.equal, got, found(TorchBackend())))
+    proves(arch_of(device), How.GPU)
 
 
 def pool_on(device: torch.device, page_bytes: int, pages: int) -> PagedPool:

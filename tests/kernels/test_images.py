@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from ci import native
 from lmc.kernels import ImageError, PagesArgs, Vendor, check, choose, listed, load
 from lmc.kernels.images import describe
+from lmc.kernels.proof import How
 
 from .executors import AMD, ROOT
 
 ARCHES = (*native.CUDA_ARCHES, *native.HIP_ARCHES)
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 MANIFEST = json.loads((ROOT / native.MANIFEST).read_text(encoding="utf-8"))
 
 
@@ -50,10 +53,20 @@ def test_every_image_says_what_it_is_for(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_every_image_holds_both_kernels(arch: str) -> None:
+def test_every_image_holds_both_kernels(arch: str, proves: Callable[..., None]) -> None:
     data = load(listed()[arch])
     assert b"lmc_gather" in data
     assert b"lmc_scatter" in data
+    proves(arch, How.COMPILED)
+
+
+@pytest.mark.parametrize("arch", native.CPU_ARCHES)
+def test_every_library_is_for_its_processor(arch: str, proves: Callable[..., None]) -> None:
+    data = (ROOT / f"lmc/cpu/liblmc_cpu_{arch}.so").read_bytes()
+    assert describe(data) == f"ELF machine {ELF_MACHINES[arch]}"
+    assert b"\0lmc_gather\0" in data
+    assert b"\0lmc_scatter\0" in data
+    proves(f"cpu {arch}", How.COMPILED)
 
 
 def test_the_argument_is_as_large_as_the_kernels_say() -> None:

@@ -3,11 +3,13 @@
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 
 import pytest
 
 from ci import native
+from lmc.kernels.proof import How
 
 from .executors import ROOT
 
@@ -20,12 +22,13 @@ MAX_REGISTERS = 64
 
 
 @pytest.mark.parametrize("arch", [*SASS, *native.HIP_ARCHES])
-def test_no_spill_and_no_stack(arch: str) -> None:
+def test_no_spill_and_no_stack(arch: str, proves: Callable[..., None]) -> None:
     kernels = OBJECTS[arch]["kernels"]
     assert tuple(kernels) == KERNELS
     for takes in kernels.values():
         assert takes["spills"] == takes["stack_bytes"] == 0
         assert 0 < takes["registers"] <= MAX_REGISTERS
+    proves(arch, How.ISA)
 
 
 def sass(arch: str) -> dict[str, list[str]]:
@@ -59,13 +62,14 @@ def _gcn_memory(body: str) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", SASS)
-def test_nvidia_loads_and_stores_16_bytes_at_once(arch: str) -> None:
+def test_nvidia_loads_and_stores_16_bytes_at_once(arch: str, proves: Callable[..., None]) -> None:
     found = sass(arch)
     assert tuple(sorted(found)) == KERNELS
     for ops in found.values():
         assert {op.split(".")[0] for op in ops} <= {"LDG", "STG", "LDC", "LDCU"}
     assert wide(found["lmc_gather"]) == ["LDG"] * UNROLL + ["STG streamed"] * UNROLL
     assert wide(found["lmc_scatter"]) == ["LDG streamed"] * UNROLL + ["STG"] * UNROLL
+    proves(arch, How.ISA)
 
 
 def wide(ops: list[str]) -> list[str]:
@@ -74,7 +78,7 @@ def wide(ops: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", native.HIP_ARCHES)
-def test_amd_loads_and_stores_16_bytes_at_once(arch: str) -> None:
+def test_amd_loads_and_stores_16_bytes_at_once(arch: str, proves: Callable[..., None]) -> None:
     found = gcn(arch)
     assert tuple(found) == KERNELS
     for ops in found.values():
@@ -87,3 +91,4 @@ def test_amd_loads_and_stores_16_bytes_at_once(arch: str) -> None:
         ops = [op for op in found[kernel] if "dwordx4" in op]
         assert ops[-2 * UNROLL :] == [loads] * UNROLL + [stores] * UNROLL
         assert set(ops[: -2 * UNROLL]) <= {load}  # a row of a table
+    proves(arch, How.ISA)

@@ -1,12 +1,15 @@
 """The kernels move what the torch reference moves, in every way to run them without a GPU."""
 
-from collections.abc import Callable
+import ctypes
+import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lmc.kernels import BLOCK, PagesArgs
+from lmc.kernels.proof import How
 from lmc.transfer.native import CpuBackend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
@@ -28,14 +31,62 @@ from .executors import (
 from .memory import Fault
 
 Executors = Callable[[str], Executor]
+Proves = Callable[..., None]
+
+
+class Loop:
+    """A page at a time, by the words of `Transfer`: what the reference itself is judged by."""
+
+    name = "loop"
+
+    def gather(self, transfer: Transfer, planes: range) -> None:
+        for in_pool, in_chunk, size in self._pages(transfer, planes):
+            ctypes.memmove(in_chunk, in_pool, size)
+
+    def scatter(self, transfer: Transfer, planes: range) -> None:
+        for in_pool, in_chunk, size in self._pages(transfer, planes):
+            ctypes.memmove(in_pool, in_chunk, size)
+
+    def _pages(self, transfer: Transfer, planes: range) -> Iterator[tuple[int, int, int]]:
+        for plane in planes:
+            base, _, stride, size = transfer.pool.table[4 * plane : 4 * plane + 4]
+            before = sum(transfer.pool.page_bytes[:plane])
+            page_ids = iter(transfer.page_ids.tolist())
+            for piece in transfer.pieces:
+                chunk = piece.address + before * piece.chunk_pages
+                for page in range(piece.first, piece.first + piece.pages):
+                    yield base + next(page_ids) * stride, chunk + page * size, size
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["cpu", *HOSTS, *PTX, *AMD])
-def test_moves_what_the_reference_moves(name: str, case: str, executor_of: Executors) -> None:
-    backend = CpuBackend() if name == "cpu" else KernelBackend(executor_of(name))
-    got, want = map(CASES[case], (backend, TorchBackend()))
+def test_the_reference_moves_what_a_loop_moves(case: str, proves: Proves) -> None:
+    assert all(map(torch.equal, CASES[case](TorchBackend()), CASES[case](Loop())))
+    proves("torch", How.EXECUTED)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_native_library_moves_what_the_reference_moves(case: str, proves: Proves) -> None:
+    assert all(map(torch.equal, CASES[case](CpuBackend()), CASES[case](TorchBackend())))
+    proves(f"cpu {platform.machine()}", How.EXECUTED)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", HOSTS)
+def test_as_cpp_it_moves_what_the_reference_moves(
+    name: str, case: str, executor_of: Executors
+) -> None:
+    got, want = map(CASES[case], (KernelBackend(executor_of(name)), TorchBackend()))
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*PTX, *AMD])
+def test_interpreted_it_moves_what_the_reference_moves(
+    name: str, case: str, executor_of: Executors, proves: Proves
+) -> None:
+    got, want = map(CASES[case], (KernelBackend(executor_of(name)), TorchBackend()))
+    assert all(map(torch.equal, got, want))
+    proves(name, How.INTERPRETED)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 7, 64])
@@ -100,10 +151,11 @@ backend.gather(stray_transfer(), range(1))
 
 @pytest.mark.parametrize(("vendor", "wave"), [("cuda", 32), ("hip", 64)])
 def test_sanitizers_pass_all_cases_and_see_a_stray_page(
-    vendor: str, wave: int, tmp_path: Path
+    vendor: str, wave: int, tmp_path: Path, proves: Proves
 ) -> None:
     library = host_library(vendor, tmp_path, ROOT, SANITIZE)
     done = run_sanitized(SANITIZED, str(library), str(wave))
     assert done.stdout == "None\n", done.stderr
     assert "AddressSanitizer: heap-" in done.stderr
     assert "pages.h:" in done.stderr
+    proves(f"{vendor} source", How.SANITIZED, len(CASES))
