@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ci import demo
+from ci import demo, native, parity
 from lmc.__main__ import parser
 from lmc.cli import doctor
 from lmc.config import _SETTINGS, Config
+from lmc.kernels import proof
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ SECTIONS = (
     "Try it in one command",
     "Engines",
     "GPUs",
+    "Kernels and parity",
     "Tiers",
     "Settings",
     "How it works",
@@ -187,6 +189,18 @@ def test_the_sections_are_there_in_order() -> None:
 def test_the_settings_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| `(LMC_\w+)` \| (.+?) \| .+ \|$", section("Settings"), re.MULTILINE)
     assert rows == [(name, doctor.default_text(name)) for name in _SETTINGS]
+
+
+def test_the_table_of_proof_is_the_one_that_the_tests_wrote() -> None:
+    assert parity.with_table(README, parity.markdown()) == README, "run: python ci/parity.py"
+    rows = proof.rows_of(proof.read(), native.source_hash())
+    on_gpu = any(row.how is proof.How.GPU for row in rows)
+    assert ("**None of them ever ran on a GPU**" in section("Kernels and parity")) is not on_gpu
+
+
+@pytest.mark.parametrize("how", proof.How)
+def test_every_word_of_that_table_is_explained(how: proof.How) -> None:
+    assert re.search(rf"^\| {re.escape(how)} \| \w", section("Kernels and parity"), re.MULTILINE)
 
 
 def test_no_other_setting_is_named() -> None:

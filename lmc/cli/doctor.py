@@ -26,6 +26,7 @@ from .. import __version__, cpu, cuda, hip
 from ..config import _SETTINGS, Config, free_ram_bytes
 from ..layout import KVLayout
 from .finding import Finding
+from .kernels import examine_kernels
 from .machine import installed, versions
 
 if TYPE_CHECKING:
@@ -79,12 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="ranks that share this machine's RAM"
     )
+    about = "what moves pages: what was proved of it, whether it is whole, whether it works here"
+    parser.add_argument("--kernels", action="store_true", help=about)
 
 
 def run(options: argparse.Namespace) -> int:
     """0 if all is well, else 1."""
     findings = []
-    for finding in examine(os.environ, max(1, options.ranks)):
+    asked = examine_kernels() if options.kernels else examine(os.environ, max(1, options.ranks))
+    for finding in asked:
         findings.append(finding)
         if not options.json:
             print(lines_of(finding), flush=True)

@@ -1,11 +1,11 @@
-"""GPU kernels: one source for both vendors (pages.h), what a launch is given (`args`), and the
-images compiled from it (`images`).
+"""GPU kernels: one source for both vendors (pages.h), what a launch is given (`args`), the images
+compiled from it (`images`), and what was proved of them (`proof`).
 
 Two ops, `lmc_gather` and `lmc_scatter`, of blocks of BLOCK threads. Knows no driver and no torch.
 """
 
 from lmc.kernels.args import BLOCK, GATHER, SCATTER, PagesArgs, Tables, before, pages_args, starts
-from lmc.kernels.images import ImageError, Vendor, check, choose, listed, load
+from lmc.kernels.images import ImageError, Vendor, check, choose, listed, load, manifest
 
 __all__ = [
     "BLOCK",
@@ -20,6 +20,7 @@ __all__ = [
     "choose",
     "listed",
     "load",
+    "manifest",
     "pages_args",
     "starts",
 ]

@@ -12,9 +12,9 @@ import re
 import struct
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Image", "ImageError", "Vendor", "check", "choose", "listed", "load"]
+__all__ = ["Image", "ImageError", "Vendor", "check", "choose", "listed", "load", "manifest"]
 
 OBJECTS = Path(__file__).with_name("objects")
 PTX = "compute_80"
@@ -48,16 +48,28 @@ class Image(NamedTuple):
     sha256: str
 
 
+class Manifest(NamedTuple):
+    """What ci/native.py wrote; `source` is the hash of the device code."""
+
+    source: str
+    objects: dict[str, dict[str, Any]]
+
+
+def manifest() -> Manifest:
+    """Raises ImageError where nothing was built."""
+    try:
+        found = json.loads((OBJECTS / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ImageError(f"no GPU objects were built: {error.filename} is missing") from None
+    return Manifest(found["source"], found["objects"])
+
+
 @functools.cache
 def listed() -> dict[str, Image]:
     """By architecture: sm_90, compute_80, gfx942."""
-    try:
-        rows = json.loads((OBJECTS / "manifest.json").read_text(encoding="utf-8"))["objects"]
-    except FileNotFoundError as error:
-        raise ImageError(f"no GPU objects were built: {error.filename} is missing") from None
     return {
         arch: Image(arch, Vendor(row["vendor"]), row["file"], row["sha256"])
-        for arch, row in rows.items()
+        for arch, row in manifest().objects.items()
     }
 
 
