@@ -112,7 +112,7 @@ def check_device(device: str, command: Sequence[str] = TRY) -> Finding:
     tried = json.loads(done.stdout.splitlines()[-1])
     text = f"{device}, {tried['name']}: {tried['chosen']}"
     if tried["differ"]:
-        return _failed(device, f"{text}: wrong bytes in {', '.join(tried['differ'])}", tried)
+        return _failed(device, f"{text}: wrong bytes in {'; '.join(tried['differ'])}", tried)
     where = "CPU" if device == "cpu" else "GPU"
     text += f"; executed on this {where}: {tried['cases']} cases, as the torch reference"
     fallback = device != "cpu" and tried["backend"] == "torch"

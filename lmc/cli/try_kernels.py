@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+PAGEABLE = "pageable"
+
+
 class Shape(NamedTuple):
     """Bytes of a page in each plane, pages that are moved, bytes by which pages lie apart more."""
 
@@ -45,12 +48,12 @@ def tried(device: torch.device) -> dict[str, object]:
     with _said() as words:
         backend = resolve("auto", device)
     differ, cases = [], 0
-    for name, shape in SHAPES.items():
-        want = moved(TorchBackend(), shape, torch.device("cpu"))
-        for pin in (False, True) if isinstance(backend, GpuBackend) else (False,):
+    for way in ways(backend):
+        for name, shape in SHAPES.items():
+            want = moved(TorchBackend(), shape, torch.device("cpu"))
             cases += 1
-            if not all(map(torch.equal, moved(backend, shape, device, pin=pin), want)):
-                differ.append(f"{name}, pinned" if pin else name)
+            if not all(map(torch.equal, moved(backend, shape, device, way), want)):
+                differ.append(f"{name} ({way})")
     if isinstance(backend, GpuBackend):
         backend.close()
     return {
@@ -61,6 +64,14 @@ def tried(device: torch.device) -> dict[str, object]:
         "differ": differ,
         "gpus": [f"cuda:{index}" for index in range(torch.cuda.device_count())],
     }
+
+
+def ways(backend: Backend) -> list[str]:
+    """To and from ordinary memory, on a GPU also pinned memory: as its policy has it, and each of
+    the two ways that any vendor has.
+    """
+    pinned = ["auto", "reach", "stage"] if isinstance(backend, GpuBackend) else []
+    return [PAGEABLE, *pinned]
 
 
 def name_of(device: torch.device) -> str:
@@ -80,7 +91,7 @@ def _said() -> Iterator[list[str]]:
 
 
 def moved(
-    backend: Backend, shape: Shape, device: torch.device, *, pin: bool = False
+    backend: Backend, shape: Shape, device: torch.device, way: str = PAGEABLE
 ) -> list[torch.Tensor]:
     """The chunk after a gather, and the pool after a scatter of it to other pages."""
     random = torch.Generator().manual_seed(1)
@@ -98,23 +109,25 @@ def moved(
         Piece(chunk.data_ptr(), shape.pages, 0, halves[0]),
         Piece(chunk.data_ptr(), shape.pages, halves[0], halves[1]),
     ]
-    with _pinned(backend, chunk, pin=pin):
+    with _pinned(backend, chunk, way):
         gather(pool, ids[: shape.pages], pieces, backend=backend)
         scatter(pool, ids[shape.pages :], pieces, backend=backend)
     return [chunk, *(held.cpu() for held in memory)]
 
 
 @contextmanager
-def _pinned(backend: Backend, chunk: torch.Tensor, *, pin: bool) -> Iterator[None]:
-    """Its memory in reach of the device, as an arena of lmc's would be."""
-    if not pin or not isinstance(backend, GpuBackend):
+def _pinned(backend: Backend, chunk: torch.Tensor, way: str) -> Iterator[None]:
+    """Its memory in reach of the device, as an arena of lmc's would be, and moved in this way."""
+    if way == PAGEABLE or not isinstance(backend, GpuBackend):
         yield
         return
+    policy, backend.policy = backend.policy, backend.policy.forced(way)
     host, size = chunk.data_ptr(), chunk.numel()
     backend.pins.add(host, size, backend.driver.pin(host, size))
     yield
     backend.pins.remove(host)
     backend.driver.unpin(host)
+    backend.policy = policy
 
 
 if __name__ == "__main__":

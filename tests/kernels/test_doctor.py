@@ -137,15 +137,15 @@ def test_without_objects_and_library_it_says_so(
 # --- devices
 
 
-@pytest.mark.parametrize("pin", [False, True])
+@pytest.mark.parametrize("way", ["pageable", "reach", "stage"])
 @pytest.mark.parametrize("shape", try_kernels.SHAPES)
 @pytest.mark.parametrize("vendor", VENDORS)
 def test_what_is_tried_on_a_gpu_moves_its_bytes_on_a_fake_one(
-    vendor: Vendor, shape: str, pin: bool, libraries: dict[Vendor, Path]
+    vendor: Vendor, shape: str, way: str, libraries: dict[Vendor, Path]
 ) -> None:
     fake = Fake(vendor, libraries[vendor])
     backend, tried = fake.backend(), try_kernels.SHAPES[shape]
-    got = try_kernels.moved(backend, tried, CPU, pin=pin)
+    got = try_kernels.moved(backend, tried, CPU, way)
     assert all(map(torch.equal, got, try_kernels.moved(TorchBackend(), tried, CPU)))
     backend.close()
     assert fake.left == 0
@@ -154,7 +154,9 @@ def test_what_is_tried_on_a_gpu_moves_its_bytes_on_a_fake_one(
 def test_wrong_bytes_are_a_finding() -> None:
     found = kernels.check_device("cpu", child(WRONG))
     assert found.state == "bad"
-    assert "wrong (for a test): wrong bytes in pages of 64 tokens, K and V, pages of" in found.text
+    assert (
+        "wrong (for a test): wrong bytes in pages of 64 tokens, K and V (pageable); " in found.text
+    )
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
