@@ -3,22 +3,18 @@
 The registry is asked for what lmc depends on, and for missing build requirements.
 """
 
-import os
-import shutil
 import struct
-import subprocess
-import sys
 import venv
 import zipfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from ci import native
 
-ROOT = Path(__file__).parents[2]
+from .building import run
+
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 USE = """
@@ -27,7 +23,9 @@ from array import array
 
 import lmc
 
-with_torch_or_not_python = ("lmc.transfer", "lmc.testing", "lmc.__main__", "lmc.cpu.liblmc")
+with_torch_or_not_python = (
+    "lmc.transfer", "lmc.testing", "lmc.__main__", "lmc.cli.try_kernels", "lmc.cpu.liblmc"
+)
 for module in pkgutil.walk_packages(lmc.__path__, "lmc."):
     if not module.name.startswith(with_torch_or_not_python):
         importlib.import_module(module.name)
@@ -50,34 +48,6 @@ print(lmc.__file__)
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    """Standard output of a command whose Python sees nothing of this checkout."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LMC_"))}
-    environment |= variables
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def clean_copy(target: Path) -> Path:
-    """What a clone of this working tree would hold: no built library, no caches."""
-    listed = run("git", "ls-files", "-z", "-co", "--exclude-standard", cwd=ROOT)
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-    return target
-
-
-def build_flags() -> list[str]:
-    try:
-        native.check_compilers()
-    except SystemExit:
-        return []
-    return ["--no-build-isolation"] if find_spec("setuptools") else []
-
-
 def use(python: Path, folder: Path) -> str:
     """Where lmc was used from, in a folder that is not its own, with no compiler to be found."""
     return run(python, "-c", USE, cwd=folder, PATH=str(folder))
@@ -86,20 +56,6 @@ def use(python: Path, folder: Path) -> str:
 def empty_environment(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     return folder / "bin" / "python"
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clean_copy(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", *build_flags())
-    run(*pip, sources, "-w", out, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
 
 
 @pytest.fixture
@@ -111,7 +67,6 @@ def archive(wheel: Path) -> Iterator[zipfile.ZipFile]:
 def test_one_wheel_serves_every_python_and_both_architectures(wheel: Path) -> None:
     tags = wheel.name.removesuffix(".whl").split("-", 2)[2]
     assert tags == "py3-none-manylinux2014_x86_64.manylinux2014_aarch64"
-    assert wheel.stat().st_size < 5_000_000
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(archive: zipfile.ZipFile) -> None:
@@ -121,7 +76,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(archive: zipfile.ZipFile)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"[sglang.srt.plugins]" in archive.read(entry_points)
-    assert set(native.outputs()) <= set(names)
+    assert {*native.outputs(), "lmc/kernels/proof.json"} <= set(names)
 
 
 @pytest.mark.parametrize("arch", ELF_MACHINES)
