@@ -7,8 +7,9 @@
     NVRTC              lmc/kernels/objects/sm_*.cubin, and PTX for the NVIDIA GPUs that come later
 
 manifest.json beside the objects says what they were made from and what each kernel takes. The same
-source gives the same bytes. Another compiler than pyproject.toml pins, or none, is an error. Prints
-what the manifest says.
+source gives the same bytes. Another compiler than pyproject.toml pins, or none, is an error, unless
+NATIVE_NVCC or NATIVE_HIPCC names one for that vendor's objects: then the manifest says so, and the
+tests call its objects other ones. Prints what the manifest says.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ HIP_FLAGS = [
 ]
 CUDA_FLAGS = ["-std=c++17", "--ptxas-options=-v"]  # -v: registers and spills, in the log
 
+NVRTC = "nvidia-cuda-nvrtc-cu12"
+NVCC, HIPCC = "NATIVE_NVCC", "NATIVE_HIPCC"
+"""Environment variables: a compiler in place of the pinned one."""
+
 Kernels = dict[str, dict[str, int]]
 
 
@@ -72,7 +77,7 @@ def compile_all(folder: Path, source: Path) -> None:
         for library in libraries:
             library.result()
         rows = {arch: row(folder, arch, made.result()) for arch, made in objects.items()}
-    manifest = {"source": source_hash(source), "compilers": pins(), "objects": rows}
+    manifest = {"source": source_hash(source), "compilers": compilers(), "objects": rows}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,8 +119,23 @@ def pins() -> dict[str, str]:
     return dict(pin.split("==") for pin in needed if "==" in pin)
 
 
+def compilers() -> dict[str, str]:
+    """What builds: the pins, and in place of NVRTC, or beside zig, what the environment names."""
+    found = {name: pin for name, pin in pins().items() if name != NVRTC or not named(NVCC)}
+    for variable in (NVCC, HIPCC):
+        if command := named(variable):
+            found[variable] = run(command, "--version").stdout.strip().splitlines()[-1]
+    return found
+
+
+def named(variable: str) -> str | None:
+    return os.environ.get(variable) or None
+
+
 def check_compilers() -> None:
-    for package, version in pins().items():
+    for package, version in compilers().items():
+        if package in (NVCC, HIPCC):
+            continue  # it has just told its version
         try:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -126,11 +146,17 @@ def check_compilers() -> None:
 
 def zig(*words: str) -> str:
     """Runs zig; its standard output. What it complains about is in the error."""
-    command = [sys.executable, "-m", "ziglang", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run(sys.executable, "-m", "ziglang", *words).stdout
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SystemExit(f"the compiler {command[0]} cannot be run: {error.strerror}") from None
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-    return done.stdout
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return done
 
 
 def cpu_library(arch: str, folder: Path, source: Path = ROOT) -> None:
@@ -141,15 +167,23 @@ def cpu_library(arch: str, folder: Path, source: Path = ROOT) -> None:
 
 
 def hip_object(arch: str, folder: Path, source: Path = ROOT) -> Kernels:
-    assembly = hip_assembly(arch, source)
-    assemble(assembly, arch, folder / OBJECTS / file_of(arch))
+    assembly, image = hip_assembly(arch, source), folder / OBJECTS / file_of(arch)
+    if hipcc := named(HIPCC):
+        run(hipcc, *hip_flags(arch, source), "--no-gpu-bundle-output", "-o", str(image))
+    else:
+        assemble(assembly, arch, image)
     return hip_kernels(assembly)
 
 
 def hip_assembly(arch: str, source: Path = ROOT) -> str:
+    words = [*hip_flags(arch, source), "-S", "-o", "-"]
+    hipcc = named(HIPCC)
+    return run(hipcc, *words).stdout if hipcc else zig("clang", *words)
+
+
+def hip_flags(arch: str, source: Path) -> list[str]:
     code = source / HIP_SOURCES[0]
-    target = [f"--offload-arch={arch}", "-I", str(source), "-S", str(code), "-o", "-"]
-    return zig("clang", *HIP_FLAGS, *target)
+    return [*HIP_FLAGS, f"--offload-arch={arch}", "-I", str(source), str(code)]
 
 
 def assemble(assembly: str, arch: str, image: Path) -> None:
@@ -184,7 +218,9 @@ def cuda_object(arch: str, folder: Path, source: Path = ROOT) -> Kernels:
 
 def cuda_image(arch: str, source: Path = ROOT) -> tuple[bytes, str]:
     """A cubin (sm_*) or PTX (compute_*), and the compiler's words."""
-    (file,) = (f for f in metadata.files("nvidia-cuda-nvrtc-cu12") or () if f.match("libnvrtc.so*"))
+    if nvcc := named(NVCC):
+        return nvcc_image(nvcc, arch, source)
+    (file,) = (f for f in metadata.files(NVRTC) or () if f.match("libnvrtc.so*"))
     nvrtc = ctypes.CDLL(str(file.locate()))
     code, *headers = [(source / name).read_bytes() for name in CUDA_SOURCES]
     names = [name.encode() for name in CUDA_SOURCES[1:]]
@@ -205,6 +241,16 @@ def cuda_image(arch: str, source: Path = ROOT) -> tuple[bytes, str]:
     if arch.startswith("compute"):
         return _result(nvrtc, "PTX", program).rstrip(b"\0"), log
     return _result(nvrtc, "CUBIN", program), log
+
+
+def nvcc_image(nvcc: str, arch: str, source: Path) -> tuple[bytes, str]:
+    kind = "-ptx" if arch.startswith("compute") else "-cubin"
+    code = source / CUDA_SOURCES[0]
+    with tempfile.TemporaryDirectory() as name:
+        image = Path(name, file_of(arch))
+        flags = [*CUDA_FLAGS, kind, f"-arch={arch}", "-I", str(source), str(code)]
+        done = run(nvcc, *flags, "-o", str(image))
+        return image.read_bytes(), done.stdout + done.stderr
 
 
 def _strings(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:

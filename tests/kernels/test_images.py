@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def test_the_objects_are_those_of_this_source() -> None:
 
 
 def test_another_build_elsewhere_gives_the_same_bytes(tmp_path: Path) -> None:
+    began = time.monotonic()
     native.build(tmp_path)
+    assert time.monotonic() - began < 120
     for name in native.outputs():
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
 
@@ -153,6 +156,59 @@ native.build(native.Path("/nowhere"))
     assert done.returncode == 1
     wanted = f"{package}=={native.pins()[package]}"
     assert f"the compiler {package} is not installed: pip install {wanted}" in done.stderr
+
+
+FAKE_COMPILER = """#!/bin/sh
+for word; do last=$word; done
+case "$*" in
+    --version) echo "a fake compiler"; echo "release 1.2"; exit ;;
+    *" -S "*) cat {assembly} ;;
+    *) cp {image} "$last" ;;
+esac
+echo "$@" >> {log}
+cat {words} >&2
+"""
+
+
+def test_nvcc_and_hipcc_build_where_the_environment_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake ones, which say what they were told."""
+    assembly, words, log = (tmp_path / name for name in ("assembly", "words", "log"))
+    assembly.write_text(native.hip_assembly("gfx942"))
+    words.write_text(native.cuda_image("sm_90")[1])
+    for variable, image in ((native.NVCC, "sm_90.cubin"), (native.HIPCC, "gfx942.hsaco")):
+        compiler = tmp_path / variable
+        files = {"assembly": assembly, "words": words, "log": log}
+        files["image"] = ROOT / native.OBJECTS / image
+        compiler.write_text(FAKE_COMPILER.format(**files))
+        compiler.chmod(0o755)
+        monkeypatch.setenv(variable, str(compiler))
+    native.build(tmp_path / "out")
+    made = json.loads((tmp_path / "out" / native.MANIFEST).read_text(encoding="utf-8"))
+    assert made["compilers"] == {
+        "ziglang": native.pins()["ziglang"],
+        native.NVCC: "release 1.2",
+        native.HIPCC: "release 1.2",
+    }
+    for arch in ("sm_90", "gfx942"):
+        assert made["objects"][arch] == MANIFEST["objects"][arch]
+    told = sorted(log.read_text().splitlines())
+    assert len(told) == len(native.CUDA_ARCHES) + 2 * len(native.HIP_ARCHES)
+    assert sum(f"-cubin -arch={arch} " in line for line in told for arch in ARCHES) == 7
+    assert sum("-ptx -arch=compute_80 " in line for line in told) == 1
+    assert sum("--offload-arch=gfx950 " in line for line in told) == 2
+    assert all(f"-I {ROOT} {ROOT}/lmc/" in line for line in told)
+
+
+@pytest.mark.parametrize("variable", [native.NVCC, native.HIPCC])
+def test_a_named_compiler_that_cannot_be_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(SystemExit, match="the compiler no-such-compiler cannot be run: No such"):
+        native.build(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_environment_has_the_pinned_compilers() -> None:
