@@ -11,7 +11,7 @@ from ci import native
 from lmc.kernels import listed, proof
 from lmc.kernels.proof import Entry, How, Row
 
-from .executors import CDNA, ROOT
+from .executors import AMD, ROOT
 
 CONFTEST = """
 import os
@@ -191,7 +191,7 @@ def test_the_shipped_table_has_every_object_that_ships() -> None:
     for arch in listed():
         wanted = {How.COMPILED} if arch == "compute_80" else {How.COMPILED, How.ISA}
         assert wanted <= ways[arch], arch
-    for arch in ("compute_80", *CDNA):
+    for arch in ("compute_80", *AMD):
         assert How.INTERPRETED in ways[arch]
     for vendor in ("cuda", "hip"):
         assert How.SANITIZED in ways[f"{vendor} source"]
