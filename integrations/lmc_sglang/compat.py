@@ -15,6 +15,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 log = logging.getLogger("lmc")
 
 TESTED = ("0.5.23",)
@@ -60,6 +62,9 @@ SIGNATURES = {
     "sglang.srt.mem_cache.utils.get_storage_hash_str": ("key", "prior_hash", "page_size"),
 }
 """What is hooked or called, with the parameters it must have (None: any)."""
+
+COUNTER_NAMES = frozenset({"num_layers", "consumer_index", "set_consumer", "wait_until"})
+"""What SGLang uses of the counter of layers."""
 
 TREE_METHODS = ("collect_path_info", "get_hash_values")
 WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEIGHTS))
@@ -153,6 +158,17 @@ def is_mamba_hybrid(args: Any) -> bool:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     return mambaish_config(model_config_of(args)) is not None
+
+
+def engine_streams(device: torch.device, forward_stream: Any) -> list[int]:
+    """The streams of a GPU that SGLang's pages are written and read in. Its scheduler thread works
+    in one and hands forwards to another; without overlap, forwards run in the first. The one that
+    is current inside a forward is that forward's.
+    """
+    current = torch.cuda.current_stream(device).cuda_stream
+    if forward_stream is None or forward_stream.cuda_stream == current:
+        return [current]
+    return [current, forward_stream.cuda_stream]
 
 
 def listen(listener: Listener) -> None:

@@ -10,6 +10,11 @@ when weights change.
     lookup   -> pin until the end of the scheduling pass   what is promised stays in RAM
     load     -> the pin is the request's                   the forward waits layer by layer
     offload  -> reserve, copy in the background, commit    always accepted, completed in order
+
+Copies on a GPU run in streams of their own, after what SGLang's streams hold when they are asked
+for: pages that were freed may still be written by a forward that runs, and pages to be stored are
+written by one. What a copy reads or writes is held until its event is seen to be over, by looking,
+never by waiting; SGLang's own streams wait for a load where they use or reuse its pages.
 """
 
 from __future__ import annotations
@@ -24,10 +29,7 @@ from typing import Any, overload
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
-    LayerWiseLoadCounter,
-    UnifiedCacheLinker,
-)
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from lmc.config import Config
@@ -36,10 +38,11 @@ from lmc.layout import KVLayout
 from lmc.store import Ticket, TieredStore
 from lmc.tiers import open_tiers
 from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
-from lmc.transfer import Job, Piece, ThreadCopier, Transfer, resolve
+from lmc.transfer import Job, Piece, Transfer, copier_of, resolve
 
 from . import compat, pools
 from .identity import Ranks, namespace_of
+from .layers import LayerCounter
 
 log = logging.getLogger("lmc")
 
@@ -128,12 +131,17 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         pool = pools.describe(params, components)
         self.forward_stream = forward_stream
         self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
-        self.layer_done_counter = LayerWiseLoadCounter(pool.num_layers)
+        self.layer_done_counter = LayerCounter(pool.num_layers)
         self._layout = KVLayout(params.page_size, config.chunk_tokens, pool.pages.page_bytes)
         self._ranks = ranks
         self._stage_wait_s = config.stage_wait_s
         self._pages = pool.pages
-        self._copier = ThreadCopier(resolve(config.kernels, pool.pages.device))
+        device = pool.pages.device
+        self._copier = copier_of(
+            resolve(config.kernels, device),
+            device,
+            lambda: compat.engine_streams(device, self.forward_stream),
+        )
         tiers = open_tiers(config)
         self._store = TieredStore(
             self._layout,
@@ -143,6 +151,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             io_threads=config.io_threads,
             write_queue_bytes=config.write_queue_bytes,
         )
+        self._copier.pin(self._store.arena.slices)
         self._device_pages = 0  # of the match that is under way
         self._node: tuple[Any, int] | None = None  # whose offload is under way
         self._wait_left_s = self._stage_wait_s  # of this scheduling pass
@@ -150,6 +159,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._promised: dict[str, _Load] = {}  # answered in this pass, not yet asked for
         self._queued: dict[str, _Load] = {}
         self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
+        self._landing: list[tuple[Job, list[_Load]]] = []  # SGLang has been told of them
         self._offloads: deque[_Offload] = deque()
         self._tree_used = False  # since the last flush
         self._stale_tree = False  # the device holds KV of weights that are no more
@@ -239,28 +249,29 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         with self._store.stats.timed("scheduler.start_load"):
             loads = list(self._queued.values())
             self._queued.clear()
-            counter = self.layer_done_counter
-            index = int(counter.update_producer())
             page_ids = torch.cat([load.page_ids for load in loads if load.page_ids is not None])
             pieces = [piece for load in loads for piece in load.pieces]
-            job = self._copier.load(
-                [Transfer(self._pages, page_ids, pieces)],
-                lambda layer: counter.complete(index, layer),
-            )
-            job.when_done(lambda error: counter.fail(index, error) if error else None)
+            job = self._copier.load([Transfer(self._pages, page_ids, pieces)], layers=True)
+            index = self.layer_done_counter.begin(job)
             self._moving[index] = (job, loads)
             self._store.stats.add("pages.loaded", len(page_ids))
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        landed = bool(self.layer_done_counter.finish(counter_index))
-        if (moving := self._moving.pop(counter_index, None)) is not None:
-            job, loads = moving
-            job.wait()
-            for load in loads:
-                load.lease.release()
-            landed = landed and job.error is None
-        return landed
+        """From now on SGLang may free these pages: what it does with them comes after the load,
+        layers that no forward read included. Only a call that was refused can fail a load on a GPU,
+        and that is known by now.
+        """
+        self.layer_done_counter.end(counter_index)
+        if (moving := self._moving.pop(counter_index, None)) is None:
+            return True
+        job, _ = moving
+        self._copier.fence([job])
+        self._landing.append(moving)
+        self._let_go()
+        if job.error is not None:
+            log.error("lmc could not load KV: %s", job.error)
+        return job.error is None
 
     def cancel_queued_load(self, rid: str) -> bool:
         load = self._queued.pop(rid, None)
@@ -297,6 +308,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self._wait_left_s = self._stage_wait_s
             for rid in list(self._promised):
                 self._break_promise(rid)
+            self._let_go()
             self._store.poll()
             done = 0
             for offload in self._offloads:
@@ -330,6 +342,16 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def _break_promise(self, rid: str) -> None:
         if (load := self._promised.pop(rid, None)) is not None:
             load.lease.release()
+
+    def _let_go(self) -> None:
+        """Chunks of loads that are over need not stay."""
+        landing, self._landing = self._landing, []
+        for job, loads in landing:
+            if job.done():
+                for load in loads:
+                    load.lease.release()
+            else:
+                self._landing.append((job, loads))
 
     def _steps(self, digests: Sequence[str], first_page: int) -> tuple[int, StepKeys]:
         """Absolute step of the first key, and keys of the steps that end in these pages."""
@@ -431,6 +453,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             with self._store.stats.timed("scheduler.commit"):
                 lease.commit()
         else:
+            if error is not None:
+                log.error("lmc could not store KV: %s", error)
             lease.abort()
             offload.kept = offload.kept and error is None
             self._store.stats.add("offload.lost")
@@ -439,11 +463,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Wait for every copy that touches device pages and give back all that was held for
         requests.
         """
-        for index in list(self._moving):
-            job, loads = self._moving.pop(index)
+        self._landing.extend(self._moving.values())
+        self._moving.clear()
+        for job, _ in self._landing:
             job.wait()
-            for load in loads:
-                load.lease.release()
+        self._let_go()
         for held in (self._promised, self._queued):
             for load in held.values():
                 load.lease.release()

@@ -10,7 +10,7 @@ and chunks of a job stay valid until it is over. What fails in a worker travels 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from functools import partial
 from typing import Protocol
@@ -25,14 +25,19 @@ class Job(Protocol):
     """One transfer in the background. Over with `error` None means every byte arrived."""
 
     def done(self) -> bool:
-        """Over: finished, failed or cancelled. Never waits."""
+        """Over: finished, failed or cancelled, and its memory is touched no more. Never waits."""
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until it is over; False when `timeout_s` went by first. Never raises `error`."""
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the job early; None while it is not over and after a success."""
+        """What went wrong, as soon as that is known, which may be before the job is over."""
+
+    def let_wait(self, layer: int | None = None) -> None:
+        """Let the engine wait: what it does from now on comes after this job, or after one layer of
+        a load by layers; at once where that has failed. Never raises `error`.
+        """
 
 
 class Copier(Protocol):
@@ -50,24 +55,29 @@ class Copier(Protocol):
         stores that nobody waits for.
         """
 
-    def load(self, transfers: Sequence[Transfer]) -> Job:
-        """Scatter chunks into pages, all planes of a pool in one call."""
+    def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> Job:
+        """Scatter chunks into pages, all planes of a pool in one call; with `layers`, layer by
+        layer (of one pool), each of which may be waited for.
+        """
 
     def fence(self, jobs: Sequence[Job]) -> None:
-        """What the engine does from now on comes after these stores, which overtake others."""
+        """What the engine does from now on comes after these jobs; stores overtake others."""
 
     def close(self) -> None:
         """Nothing runs any more when this returns; what did not begin never will."""
 
 
 class ThreadJob:
-    """A Job that one of the workers does."""
+    """A Job that one of the workers does; `layers` are set as it gets there."""
 
-    def __init__(self, queue: ThreadPoolExecutor, work: Callable[[], None]) -> None:
-        self._work = work
+    def __init__(
+        self,
+        queue: ThreadPoolExecutor,
+        work: Callable[[], None],
+        layers: Sequence[Future[None]] = (),
+    ) -> None:
+        self._work, self._layers = work, layers
         self._future = queue.submit(work)
-        self._calls: list[Callable[[BaseException | None], None]] = []
-        self._moving = False
 
     def done(self) -> bool:
         return self._future.done()
@@ -83,10 +93,12 @@ class ThreadJob:
             return CancelledError()
         return self._future.exception()
 
-    def when_done(self, call: Callable[[BaseException | None], None]) -> None:
-        """Call `call(error)` once it is over: at once, or later on the worker's thread."""
-        self._calls.append(call)
-        self._watch(call)
+    def let_wait(self, layer: int | None = None) -> None:
+        """Wait: this thread is where the engine goes on."""
+        if layer is None:
+            self.wait()
+        elif not self._layers[layer].done():
+            wait_for([self._layers[layer], self._future], return_when=FIRST_COMPLETED)
 
     def cancel(self) -> bool:
         """True when the job had not started and never will; False when it runs or is done."""
@@ -94,15 +106,8 @@ class ThreadJob:
 
     def move_to(self, queue: ThreadPoolExecutor) -> None:
         """Wait for its turn in another queue, unless it has begun."""
-        self._moving = True
         if self._future.cancel():
             self._future = queue.submit(self._work)
-            for call in self._calls:
-                self._watch(call)
-        self._moving = False
-
-    def _watch(self, call: Callable[[BaseException | None], None]) -> None:
-        self._future.add_done_callback(lambda _: None if self._moving else call(self.error))
 
 
 class ThreadCopier:
@@ -128,13 +133,12 @@ class ThreadCopier:
         for job in jobs:
             job.wait()
 
-    def load(
-        self, transfers: Sequence[Transfer], layer_done: Callable[[int], None] | None = None
-    ) -> ThreadJob:
-        """Scatter chunks into pages, all planes of a pool in one call; with `layer_done`, layer by
-        layer (of one pool), and after each the worker calls it.
-        """
-        return ThreadJob(self._loads, partial(self._load, tuple(transfers), layer_done))
+    def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> ThreadJob:
+        if not layers:
+            return ThreadJob(self._loads, partial(self._load, tuple(transfers)))
+        (transfer,) = transfers
+        landed: list[Future[None]] = [Future() for _ in range(transfer.pool.num_layers)]
+        return ThreadJob(self._loads, partial(self._load_layers, transfer, landed), landed)
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""
@@ -145,14 +149,11 @@ class ThreadCopier:
         for transfer in transfers:
             self._backend.gather(transfer, range(len(transfer.pool.planes)))
 
-    def _load(
-        self, transfers: tuple[Transfer, ...], layer_done: Callable[[int], None] | None
-    ) -> None:
-        if layer_done is None:
-            for transfer in transfers:
-                self._backend.scatter(transfer, range(len(transfer.pool.planes)))
-            return
-        (transfer,) = transfers
-        for layer in range(transfer.pool.num_layers):
+    def _load(self, transfers: tuple[Transfer, ...]) -> None:
+        for transfer in transfers:
+            self._backend.scatter(transfer, range(len(transfer.pool.planes)))
+
+    def _load_layers(self, transfer: Transfer, landed: Sequence[Future[None]]) -> None:
+        for layer, there in enumerate(landed):
             self._backend.scatter(transfer, transfer.pool.layer_planes(layer))
-            layer_done(layer)
+            there.set_result(None)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from lmc.kernels import GATHER, SCATTER
 from lmc.kernels.driver import DriverError
 from lmc.transfer.copier import Copier, Job, ThreadCopier
@@ -28,14 +30,13 @@ _POLL_S = 0.0002
 class StreamJob:
     """One transfer in a stream; as `copier.Job`, but looked at by its owner's thread alone."""
 
-    def __init__(self, backend: GpuBackend) -> None:
-        self._backend = backend
+    def __init__(self, backend: GpuBackend, engine_streams: Callable[[], Sequence[int]]) -> None:
+        self._backend, self._engine_streams = backend, engine_streams
         self._held: list[Buffer] = []
         self._events: list[int] = []
         self._end = 0
         self._layers: list[int] = []
         self._over = False
-        self._calls: list[Callable[[BaseException | None], None]] = []
         self._error: BaseException | None = None
 
     def done(self) -> bool:
@@ -60,22 +61,25 @@ class StreamJob:
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong; None while it is not over and after a success."""
-        return self._error if self.done() else None
-
-    def when_done(self, call: Callable[[BaseException | None], None]) -> None:
-        """Call `call(error)` once it is seen to be over."""
-        self._calls.append(call)
+        """What went wrong; known before it is over where a call was refused."""
         self.done()
+        return self._error
 
-    def let_wait(self, stream: int, layer: int | None = None) -> None:
-        """What is put into a stream from now on runs once this is over, or a layer of this load is
-        there; at once where all is over, or it failed before that layer.
+    def let_wait(self, layer: int | None = None) -> None:
+        """What is put into the engine's streams from now on runs after this, or after a layer of
+        it; at once where all is over, or it failed before that layer. A wait that the driver
+        refuses makes the job one that failed.
         """
-        if layer is not None and layer < len(self._layers):
-            self._backend.driver.stream_wait(stream, self._layers[layer])
-        elif layer is None and self._end:
-            self._backend.driver.stream_wait(stream, self._end)
+        if layer is None:
+            events = [self._end] if self._end else []
+        else:
+            events = self._layers[layer : layer + 1]
+        try:
+            for event in events:
+                for stream in self._engine_streams():
+                    self._backend.driver.stream_wait(stream, event)
+        except DriverError as error:
+            self._error = self._error or error
 
     def _finish(self) -> None:
         self._over = True
@@ -83,9 +87,6 @@ class StreamJob:
             self._backend.driver.event_end(event)
         self._events, self._layers, self._end = [], [], 0
         self._backend.give_back(self._held)
-        calls, self._calls = self._calls, []
-        for call in calls:
-            call(self._error)
 
 
 class StreamCopier:
@@ -108,22 +109,20 @@ class StreamCopier:
 
     def store(self, transfers: Sequence[Transfer], *, hurry: bool = False) -> StreamJob:
         """Gather pages into chunks. In a hurry it overtakes the stores that nobody waits for."""
-        job, stream = StreamJob(self._backend), self._hurried if hurry else self._stores
+        job, stream = self._job(), self._hurried if hurry else self._stores
         with self._filling(job, stream):
             for transfer in transfers:
                 self._put(job, GATHER, transfer, range(len(transfer.pool.planes)), stream)
         return job
 
     def fence(self, jobs: Sequence[Job]) -> None:
-        """What the engine puts into its streams from now on runs after these stores."""
+        """What the engine puts into its streams from now on runs after these jobs."""
         for job in jobs:
-            assert isinstance(job, StreamJob)
-            for stream in self._engine_streams():
-                job.let_wait(stream)
+            job.let_wait()
 
     def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> StreamJob:
         """Scatter chunks into pages; with `layers`, layer by layer (of one pool)."""
-        job = StreamJob(self._backend)
+        job = self._job()
         with self._filling(job, self._loads):
             if not layers:
                 for transfer in transfers:
@@ -134,6 +133,9 @@ class StreamCopier:
                 self._put(job, SCATTER, transfer, transfer.pool.layer_planes(layer), self._loads)
                 job._layers.append(self._mark(self._loads))
         return job
+
+    def _job(self) -> StreamJob:
+        return StreamJob(self._backend, self._engine_streams)
 
     @contextmanager
     def _filling(self, job: StreamJob, stream: int) -> Iterator[None]:
@@ -187,8 +189,18 @@ class StreamCopier:
         self._backend.close()
 
 
-def copier_of(backend: Backend, engine_streams: Callable[[], Sequence[int]]) -> Copier:
-    """Streams where a GPU does the copying, threads elsewhere."""
+def copier_of(
+    backend: Backend, device: torch.device, engine_streams: Callable[[], Sequence[int]]
+) -> Copier:
+    """For a pool on `device`: streams where a GPU does the copying, threads where the processor
+    does. Raises ValueError for a GPU without a backend of its own: threads do not see when its
+    streams write and read a page.
+    """
     if isinstance(backend, GpuBackend):
         return StreamCopier(backend, engine_streams)
+    if device.type != "cpu":
+        raise ValueError(
+            f"lmc has no kernels for {device}, and those of {backend.name} run in threads, which "
+            "cannot keep the order of its streams; the log says why"
+        )
     return ThreadCopier(backend)

@@ -21,7 +21,7 @@ from lmc.transfer.gpu import GpuBackend, Pins
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.pinning import Pinner
 from lmc.transfer.reference import TorchBackend
-from lmc.transfer.streams import StreamCopier
+from lmc.transfer.streams import StreamCopier, copier_of
 
 from .cases import CASES
 from .fake import VENDORS, Fake
@@ -431,12 +431,12 @@ def test_a_step_waits_for_the_layer_it_needs(
     chunk = torch.randint(256, (pool.chunk_bytes(4),), dtype=torch.uint8)
     seen = torch.zeros(8, 64, dtype=torch.uint8)
     job = copier.load([transfer_of(pool, chunk)], layers=True)
-    job.let_wait(engine.stream, 0)
+    job.let_wait(0)
     engine.read(seen)
     engine.finish()
     assert torch.equal(seen[[3, 1, 0, 7]], first_pages(chunk))
     assert job.wait(5)
-    job.let_wait(engine.stream, 1)  # all is over: nothing to wait for
+    job.let_wait(1)  # all is over: nothing to wait for
 
 
 def test_a_store_in_a_hurry_does_not_wait_for_others(
@@ -465,6 +465,20 @@ def test_a_step_that_reuses_pages_waits_for_the_stores_of_them(
     copier.fence([job])  # over: nothing to wait for
 
 
+def test_a_step_that_reuses_pages_waits_for_the_load_of_them(
+    copier: StreamCopier, engine: Engine, pool: PagedPool
+) -> None:
+    """Nobody read a layer of it, and it is given up while it is under way."""
+    chunk = torch.randint(256, (pool.chunk_bytes(4),), dtype=torch.uint8)
+    written = torch.randint(256, (8, 64), dtype=torch.uint8)
+    job = copier.load([transfer_of(pool, chunk)], layers=True)
+    copier.fence([job])
+    engine.write(written)
+    engine.finish()
+    assert job.wait(5)
+    assert torch.equal(pool.planes[0], written)
+
+
 # --- what goes wrong
 
 
@@ -476,17 +490,39 @@ def test_a_launch_that_fails_ends_its_job(
     chunk = chunk_for(pool)
     fake.set("fail_launch", fatal)
     job = copier.load([transfer_of(pool, chunk)], layers=True)
-    ends: list[BaseException | None] = []
-    job.when_done(ends.append)
+    assert isinstance(job.error, DriverError)  # known before it is over
+    job.let_wait(1)  # a layer that never comes
     assert job.wait(5)
-    assert isinstance(job.error, DriverError)
     name = {"cuda": "CUDA_ERROR_LAUNCH_FAILED", "hip": "hipErrorLaunchFailure"}[fake.vendor]
     assert f"LaunchKernel: {name} (719), a fake one" in str(job.error)
-    assert ends == [job.error]
     assert copier.store([transfer_of(pool, chunk)]).wait(5)  # the next one goes on
     copier.close()
     engine.end()
     assert fake.left == 0
+
+
+def test_a_wait_that_the_driver_refuses_makes_its_job_one_that_failed(
+    fake: Fake, engine: Engine, pool: PagedPool
+) -> None:
+    """The step may have read a layer before it was there."""
+    streams = [engine.stream]
+    copier = StreamCopier(fake.backend(), lambda: streams)
+    job = copier.load([transfer_of(pool, chunk_for(pool))], layers=True)
+    streams[:] = [1]  # a stream that nobody made
+    job.let_wait(0)
+    assert isinstance(job.error, DriverError)
+    assert job.wait(5)
+    copier.close()
+
+
+def test_a_gpu_without_kernels_of_its_own_has_no_copier(fake: Fake) -> None:
+    with pytest.raises(
+        ValueError, match="no kernels for cuda:1, and those of torch run in threads"
+    ):
+        copier_of(TorchBackend(), torch.device("cuda", 1), list)
+    copier = copier_of(fake.backend(), torch.device("cuda", 1), list)
+    assert isinstance(copier, StreamCopier)
+    copier.close()
 
 
 @pytest.mark.parametrize("call", ["fail_copy", "fail_launch"])

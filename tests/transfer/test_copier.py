@@ -37,6 +37,17 @@ class Gate(TorchBackend):
         super().gather(transfer, planes)
 
 
+class Steps(TorchBackend):
+    """A backend that loads a layer when it is told to."""
+
+    def __init__(self) -> None:
+        self.next = threading.Semaphore(0)
+
+    def scatter(self, transfer: Transfer, planes: range) -> None:
+        assert self.next.acquire(timeout=30)
+        super().scatter(transfer, planes)
+
+
 class Broken(TorchBackend):
     """A backend that fails from `plane` on."""
 
@@ -53,7 +64,8 @@ def pool_of_layers(layers: int = 3) -> PagedPool:
     return random_pool([96, 7] * layers, 16, planes_per_layer=2)
 
 
-def test_store_then_load_brings_the_bytes_back(backend: Backend) -> None:
+@pytest.mark.parametrize("layers", [False, True])
+def test_store_then_load_brings_the_bytes_back(backend: Backend, layers: bool) -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 8)
     ids, new_ids = torch.randperm(16)[:8], torch.randperm(16)[:8]
@@ -62,34 +74,31 @@ def test_store_then_load_brings_the_bytes_back(backend: Backend) -> None:
     job = copier.store([transfer_of(pool, ids, chunk)])
     assert job.wait()
     assert (job.done(), job.error) == (True, None)
-    layers: list[int] = []
-    job = copier.load([transfer_of(pool, new_ids, chunk)], layers.append)
-    copier.close()
+    job = copier.load([transfer_of(pool, new_ids, chunk)], layers=layers)
+    job.let_wait()
     assert (job.done(), job.error) == (True, None)
-    assert layers == [0, 1, 2]
+    copier.close()
     after = [plane[new_ids] for plane in pool.planes]
     assert all(map(torch.equal, after, before))
 
 
-def test_layer_done_is_called_after_its_layer_and_before_the_next() -> None:
+def test_who_waits_for_a_layer_finds_it_and_no_more() -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 4)
     chunk.payload.fill_(1)
     for plane in pool.planes:
         plane.zero_()
-    sums: list[list[int]] = []
-
-    def layer_done(layer: int) -> None:
-        sums.append([int(plane.sum()) for plane in pool.planes])
-
-    copier = ThreadCopier(TorchBackend())
-    copier.load([transfer_of(pool, torch.arange(4), chunk)], layer_done)
+    backend = Steps()
+    copier = ThreadCopier(backend)
+    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers=True)
+    for layer in range(3):
+        assert not job.done()
+        backend.next.release()
+        job.let_wait(layer)
+        sums = [int(plane.sum()) for plane in pool.planes]
+        assert sums == [384, 28] * (layer + 1) + [0, 0] * (2 - layer)
     copier.close()
-    assert sums == [
-        [384, 28, 0, 0, 0, 0],
-        [384, 28, 384, 28, 0, 0],
-        [384, 28, 384, 28, 384, 28],
-    ]
+    job.let_wait(0)  # over
 
 
 def test_a_load_does_not_queue_behind_stores() -> None:
@@ -164,14 +173,11 @@ def test_a_fence_has_its_stores_overtake_others() -> None:
     copier = ThreadCopier(gate)
     chunks = [Chunk(pool, 4) for _ in range(4)]
     jobs = [copier.store([transfer_of(pool, torch.arange(4), c)]) for c in chunks[:3]]
-    ends: list[BaseException | None] = []
-    jobs[2].when_done(ends.append)
     assert gate.entered.wait(30)
     early = copier.store([transfer_of(pool, torch.arange(4), chunks[3])], hurry=True)
     threading.Timer(0.05, gate.open.set).start()
     copier.fence([jobs[0], jobs[2], early])
-    assert ends == [None]
-    assert all(job.done() for job in (jobs[0], jobs[2], early))
+    assert all(job.done() and job.error is None for job in (jobs[0], jobs[2], early))
     copier.close()
     assert gate.order[:2] == [chunk.piece().address for chunk in (chunks[0], chunks[3])]
     assert jobs[1].done()
@@ -185,10 +191,8 @@ def test_a_store_that_overtook_others_is_cancelled_as_any_other() -> None:
     chunks = [Chunk(pool, 4) for _ in range(2)]
     jobs = [copier.store([transfer_of(pool, torch.arange(4), c)], hurry=True) for c in chunks]
     assert gate.entered.wait(30)
-    ends: list[BaseException | None] = []
-    jobs[1].when_done(ends.append)
     assert jobs[1].cancel()
-    assert [type(end) for end in ends] == [CancelledError]
+    assert isinstance(jobs[1].error, CancelledError)
     gate.open.set()
     copier.close()
 
@@ -197,22 +201,13 @@ def test_an_error_in_the_worker_travels_in_the_job() -> None:
     pool = pool_of_layers()
     chunk = Chunk(pool, 4)
     copier = ThreadCopier(Broken(plane=2))
-    layers: list[int] = []
-    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers.append)
+    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers=True)
+    for layer in range(3):
+        job.let_wait(layer)  # there, or given up
     assert job.wait(30)
     assert isinstance(job.error, OSError)
-    assert layers == [0]
+    assert torch.equal(pool.planes[0][:4], chunk.payload[: 4 * 96].view(4, 96))
     assert copier.store([transfer_of(pool, torch.arange(4), chunk)]).wait(30)
-    copier.close()
-
-
-def test_an_error_in_layer_done_ends_the_load() -> None:
-    pool = pool_of_layers()
-    copier = ThreadCopier(TorchBackend())
-    chunk = Chunk(pool, 4)
-    job = copier.load([transfer_of(pool, torch.arange(4), chunk)], lambda layer: [][layer])
-    assert job.wait(30)
-    assert isinstance(job.error, IndexError)
     copier.close()
 
 
