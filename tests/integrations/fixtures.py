@@ -68,6 +68,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         model: Path = model_folder,
         *,
         cold: bool = False,
+        layout: str = "nhd",
         **settings: str,
     ) -> Any:
         for name in ("LMC_TIERS", "LMC_SALT", "LMC_MODEL_VERSION", "LMC_CHUNK_TOKENS"):
@@ -80,7 +81,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         with monkeypatch.context() as patch:
             if cold:
                 patch.setattr("lmc.store.TieredStore.warm", lambda _: None)
-            opened.append(Harness(args, page, size))
+            opened.append(Harness(args, page, size, layout))
         return opened[-1]
 
     yield build

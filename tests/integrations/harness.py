@@ -12,7 +12,9 @@ import time
 from array import array
 from types import SimpleNamespace
 
+import pytest
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
@@ -30,6 +32,7 @@ from lmc_sglang import compat
 from lmc_sglang.linker import LmcLinker
 
 LAYERS, HEADS, DIM = 4, 2, 32
+LAYOUTS = ("nhd", "hnd", "vectorized_5d")
 
 
 def tokens(seed: int, n: int) -> array:
@@ -54,13 +57,34 @@ class Request(SimpleNamespace):
         self.__dict__.update(more)
 
 
-class Harness:
-    def __init__(self, server_args, page: int = 64, size: int = 8192, **arguments: object) -> None:
-        self.page, self.server_args = page, server_args
-        shape = {"dtype": torch.float32, "head_num": HEADS, "head_dim": DIM, "layer_num": LAYERS}
-        self.pool = MHATokenToKVPool(
+def pool_of(layout: str, page: int, size: int) -> MHATokenToKVPool:
+    """In a layout of SGLang's, two of which need a switch, and one of these a GPU of AMD's."""
+    shape = {"dtype": torch.float32, "head_num": HEADS, "head_dim": DIM, "layer_num": LAYERS}
+    with (
+        envs.SGLANG_USE_HND_KVCACHE.override(layout == "hnd"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if layout == "vectorized_5d":
+            patch.setattr("sglang.srt.mem_cache.memory_pool._use_aiter", True)
+            patch.setenv("SGLANG_AITER_KV_CACHE_LAYOUT", layout)
+        pool = MHATokenToKVPool(
             size=size, page_size=page, device="cpu", enable_memory_saver=False, **shape
         )
+    assert pool.kv_cache_layout == layout
+    return pool
+
+
+class Harness:
+    def __init__(
+        self,
+        server_args,
+        page: int = 64,
+        size: int = 8192,
+        layout: str = "nhd",
+        **arguments: object,
+    ) -> None:
+        self.page, self.server_args = page, server_args
+        self.pool = pool_of(layout, page, size)
         if page == 1:
             self.alloc = TokenToKVPoolAllocator(
                 size, torch.float32, "cpu", self.pool, need_sort=False
@@ -105,13 +129,32 @@ class Harness:
         lane = torch.arange(HEADS * DIM).view(1, HEADS, DIM)
         return [prefix.view(-1, 1, 1) + 7 * plane + lane / 64 for plane in range(2 * LAYERS)]
 
+    def places(self, buffer: torch.Tensor, slots: torch.Tensor) -> tuple[object, ...]:
+        """Index of [slots, heads, dim] in a buffer, as SGLang's kernels have it."""
+        layout = self.pool.kv_cache_layout
+        if layout == "nhd":
+            return (slots,)
+        page, at = slots // self.page, slots % self.page
+        if layout == "hnd":
+            return page[:, None], torch.arange(HEADS), at[:, None]
+        x = buffer.shape[-1]
+        head, dim = torch.arange(HEADS).view(1, -1, 1), torch.arange(DIM).view(1, 1, -1)
+        page, at = page.view(-1, 1, 1), at.view(-1, 1, 1)
+        if buffer.shape[3] == self.page:  # K
+            return page, head, dim // x, at, dim % x
+        return page, head, at // x, dim, at % x
+
+    def put(self, buffer: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+        buffer[self.places(buffer, slots)] = values
+
     def compute(self, ids: array, start: int, slots: torch.Tensor) -> None:
         for buffer, want in zip(self.buffers, self.expected(ids), strict=True):
-            buffer[slots] = want[start : start + len(slots)]
+            self.put(buffer, slots, want[start : start + len(slots)])
 
     def check(self, ids: array, slots: torch.Tensor, start: int = 0) -> None:
         for buffer, want in zip(self.buffers, self.expected(ids), strict=True):
-            assert torch.equal(buffer[slots], want[start : start + len(slots)])
+            found = buffer[self.places(buffer, slots)]
+            assert torch.equal(found, want[start : start + len(slots)])
 
     # --- the scheduler's part
 

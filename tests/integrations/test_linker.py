@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from tests.integrations.fixtures import make_model
-from tests.integrations.harness import DIM, HEADS, LAYERS, Request, tokens
+from tests.integrations.harness import DIM, HEADS, LAYERS, LAYOUTS, Request, tokens
 
 CHUNK_BYTES = 4096 + 2 * LAYERS * HEADS * DIM * 4 * 256
 
@@ -28,6 +28,16 @@ def test_a_repeated_prompt_recomputes_at_most_a_step(harness, page, length):
     h.settle()
     h.flush()
     assert length - h.run(ids) <= max(page, 16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_comes_back(harness, layout):
+    h = harness(layout=layout)
+    ids = tokens(1, 1500)
+    assert h.run(ids) == 0
+    h.settle()
+    h.flush()
+    assert h.run(ids[:1100] + tokens(2, 400)) == 1088
 
 
 @pytest.mark.parametrize("page", [1, 16, 64])

@@ -14,6 +14,7 @@ from lmc.config import Config
 from lmc_sglang import pools
 from lmc_sglang.identity import Ranks, namespace_of
 from tests.integrations.fixtures import SERVER_ARGS
+from tests.integrations.harness import DIM, HEADS, LAYOUTS
 
 
 @pytest.fixture
@@ -68,8 +69,52 @@ def test_another_pool_is_named(params, monkeypatch):
 
 def test_another_layout_is_named(params, monkeypatch):
     pool = params.token_to_kv_pool_allocator.get_kvcache()
-    monkeypatch.setattr(pool, "kv_cache_layout", "hnd")
-    with pytest.raises(ValueError, match="layout hnd"):
+    for layout in ("page_major", "hnd"):  # a label that the buffers do not bear out
+        monkeypatch.setattr(pool, "kv_cache_layout", layout)
+        with pytest.raises(ValueError, match=f"layout {layout}|pages of .* bytes"):
+            described(params)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_every_layout_a_page_is_one_run(harness, layout):
+    """What the slots of pages 1 and 2 hold, and nothing else, are the bytes of these pages."""
+    h = harness(layout=layout)
+    pool, slots = described(h.params), torch.arange(h.page, 3 * h.page)
+    assert pool.fields["pool_layout"] == layout
+    values = torch.randperm(len(slots) * HEADS * DIM).float().view(-1, HEADS, DIM)
+    for buffer, plane in zip((h.pool.k_buffer[0], h.pool.v_buffer[0]), (0, 1), strict=True):
+        h.put(buffer, slots, values)
+        found = pool.pages.planes[plane][1:3].reshape(-1).view(torch.float32)
+        assert torch.equal(found.sort().values, torch.arange(values.numel()).float())
+        assert torch.equal(buffer[h.places(buffer, slots)], values)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_slots_lie_where_sglang_writes_them(harness, layout):
+    """The third layout is written by a kernel for AMD's GPUs."""
+    h, slots = harness(layout=layout), torch.tensor([64, 127, 4000, 200])
+    k, v = torch.randn(2, len(slots), HEADS, DIM)
+    h.pool.set_kv_buffer(None, slots, k, v, layer_id_override=2)
+    for buffer, values in ((h.pool.k_buffer[2], k), (h.pool.v_buffer[2], v)):
+        assert torch.equal(buffer[h.places(buffer, slots)], values)
+
+
+def test_a_device_that_has_no_kernels_is_named(params, monkeypatch):
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    info = pool._mha_buffer_info()
+    monkeypatch.setattr(
+        pool,
+        "_mha_buffer_info",
+        lambda: msgspec.structs.replace(info, device=torch.device("xpu", 0)),
+    )
+    with pytest.raises(ValueError, match="device xpu:0"):
+        described(params)
+
+
+def test_fewer_pages_than_are_given_away(params, monkeypatch):
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    monkeypatch.setattr(pool, "size", pool.size + 64)
+    with pytest.raises(ValueError, match="129 pages for 8256 tokens"):
         described(params)
 
 
