@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ with warnings.catch_warnings():  # what torch and SGLang warn of at import is th
     SERVER_ARGS.resolve_once()
     publish(SERVER_ARGS, role="scheduler")
     torch.set_num_threads(1)
+    from tests.integrations.gpu import Gpu, GpuHarness
     from tests.integrations.harness import Harness
 
 
@@ -58,7 +60,8 @@ def make_model(folder: Path, weights: bytes) -> Path:
 @pytest.fixture
 def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Builds harnesses: `harness(page=64, LMC_RAM_GB="0.05", model=folder, ...)`; closes them at
-    the end. A `cold` one brings nothing up from disk unasked.
+    the end. A `cold` one brings nothing up from disk unasked; one with a `gpu` copies by its
+    driver.
     """
     opened: list[Any] = []
 
@@ -69,6 +72,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         *,
         cold: bool = False,
         layout: str = "nhd",
+        gpu: Gpu | None = None,
         **settings: str,
     ) -> Any:
         for name in ("LMC_TIERS", "LMC_SALT", "LMC_MODEL_VERSION", "LMC_CHUNK_TOKENS"):
@@ -78,10 +82,15 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model))
+        make = Harness
+        if gpu is not None:
+            make = partial(GpuHarness, gpu)
+            monkeypatch.setattr("lmc_sglang.linker.resolve", lambda *_: gpu.backend())
+            monkeypatch.setattr("torch.cuda.current_stream", lambda *_: gpu.current_stream)
         with monkeypatch.context() as patch:
             if cold:
                 patch.setattr("lmc.store.TieredStore.warm", lambda _: None)
-            opened.append(Harness(args, page, size, layout))
+            opened.append(make(args, page, size, layout))
         return opened[-1]
 
     yield build

@@ -229,8 +229,9 @@ int fake_query(void* event) {
     if (found == events.end()) return INVALID_HANDLE;
     Event& one = *found->second;
     if (broken) return broken;
-    if (!one.stream || one.stream->done >= one.at) return one.stuck ? NOT_READY : OK;
-    if (one.stuck || one.patience-- > 0) return NOT_READY;
+    const bool stuck = one.stuck && !settings["unstick"];
+    if (!one.stream || one.stream->done >= one.at) return stuck ? NOT_READY : OK;
+    if (stuck || one.patience-- > 0) return NOT_READY;
     return run(one.stream, one.at);
 }
 
