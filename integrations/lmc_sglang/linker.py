@@ -138,7 +138,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._pages = pool.pages
         device = pool.pages.device
         self._copier = copier_of(
-            resolve(config.kernels, device),
+            resolve(config.kernels, device, copy=config.gpu_copy, blocks=config.gpu_blocks),
             device,
             lambda: compat.engine_streams(device, self.forward_stream),
         )

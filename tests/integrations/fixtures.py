@@ -85,7 +85,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         make = Harness
         if gpu is not None:
             make = partial(GpuHarness, gpu)
-            monkeypatch.setattr("lmc_sglang.linker.resolve", lambda *_: gpu.backend())
+            monkeypatch.setattr("lmc_sglang.linker.resolve", lambda *_, **__: gpu.backend())
             monkeypatch.setattr("torch.cuda.current_stream", lambda *_: gpu.current_stream)
         with monkeypatch.context() as patch:
             if cold:

@@ -55,7 +55,7 @@ class Fake:
             self.library.fake_disown(ctypes.c_void_p(plane.data_ptr()))
 
     def backend(self, **policy: object) -> GpuBackend:
-        policy = {"grid": 3, "staging_bytes": 1 << 20, **policy}
+        policy = {"grid": 3, "staging_bytes": 1 << 20, "batch_from": None, **policy}
         return GpuBackend(self.driver, self.image, replace(self.policy, **policy))
 
 
