@@ -45,6 +45,11 @@ CORE = ["tests/core", "--deselect", "tests/core/test_process_memory.py"]
 SUITES = {
     "core": Suite("lmc", [*CORE, "--hypothesis-profile=no-shrink"]),
     "launch": Suite("lmc", ["tests/kernels/test_driver.py", "tests/transfer/test_copier.py"]),
+    "sglang": Suite(
+        "integrations/lmc_sglang",
+        ["tests/integrations/test_gpu.py", "tests/integrations/test_linker.py"],
+        "sglang",
+    ),
     "vllm": Suite(
         "integrations/lmc_vllm",
         ["tests/integrations/vllm", "-m", "not slow and not gpu", "--benchmark-disable"],

@@ -64,7 +64,7 @@ SIGNATURES = {
 """What is hooked or called, with the parameters it must have (None: any)."""
 
 COUNTER_NAMES = frozenset({"num_layers", "consumer_index", "set_consumer", "wait_until"})
-"""What SGLang uses of the counter of layers."""
+"""What SGLang's pools, runners and workers use of a linker's counter of layers."""
 
 TREE_METHODS = ("collect_path_info", "get_hash_values")
 WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEIGHTS))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from .groups import Group
 
-SUPPORTED = "KV caches in the memory of the CPU"
+DEVICES = ("cpu", "cuda")  # torch calls AMD's GPUs "cuda" too
+SUPPORTED = "KV caches in the memory of the CPU, of NVIDIA's GPUs and of AMD's"
 
 
 def pools_of(
@@ -43,7 +44,7 @@ def _pool(group: Group, num_blocks: int, kv_caches: Mapping[str, Any]) -> PagedP
             continue
         found = kv_caches[name]
         for tensor in found if isinstance(found, (list, tuple)) else [found]:
-            if tensor.device.type != "cpu":
+            if tensor.device.type not in DEVICES:
                 raise ValueError(
                     f"lmc does not serve layer {name} on {tensor.device}; supported: {SUPPORTED}"
                 )

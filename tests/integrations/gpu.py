@@ -33,6 +33,7 @@ class Gpu:
     def __init__(self, fake: Fake, *, overlap: bool = True, **policy: object) -> None:
         self.fake, self.driver, self.policy = fake, fake.driver, policy
         self.driver.use(0)
+        fake.set("patience", 5)  # a copy is not over for having been looked at
         self.own, self.forwards = self.driver.stream(), self.driver.stream()
         self.current, self.model = self.own, self.forwards if overlap else self.own
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from lmc_sglang import compat
+from lmc_sglang.layers import LayerCounter
 
 
 def test_this_sglang_is_the_one_lmc_knows():
@@ -39,6 +46,35 @@ def test_an_untested_release_only_warns(monkeypatch, caplog):
     assert "was tested with 0.0.1" in caplog.text
 
 
+COUNTER_USERS = (
+    "sglang.srt.mem_cache.memory_pool",
+    "sglang.srt.managers.tp_worker",
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner",
+)
+
+
+@pytest.mark.parametrize("user", COUNTER_USERS)
+def test_the_counter_of_layers_has_what_sglang_uses(user):
+    path = find_spec(user).origin
+    used = set(re.findall(r"counter\.([a-z_]+)\b", Path(path).read_text()))
+    assert used
+    assert used <= compat.COUNTER_NAMES
+    assert all(hasattr(LayerCounter(4), name) for name in compat.COUNTER_NAMES)
+
+
+def test_a_forward_runs_in_the_stream_of_forwards_or_in_the_current_one(monkeypatch):
+    device, own, forwards = torch.device("cuda", 0), stream_of(1), stream_of(2)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda asked: {device: own}[asked])
+    assert compat.engine_streams(device, forwards) == [1, 2]
+    assert compat.engine_streams(device, None) == [1]
+    own.cuda_stream = 2  # inside a forward
+    assert compat.engine_streams(device, forwards) == [2]
+
+
+def stream_of(handle: int) -> SimpleNamespace:
+    return SimpleNamespace(cuda_stream=handle)
+
+
 def test_hooks_take_and_are_set_once(harness):
     from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
 
@@ -61,8 +97,6 @@ def test_every_way_to_change_weights_starts_a_generation(harness, target, monkey
 
 
 def test_the_servers_state_shows_lmc(harness):
-    from types import SimpleNamespace
-
     h = harness()
     output = SimpleNamespace(internal_state={})
     assert compat._on_internal_state(lambda *_: output) is output

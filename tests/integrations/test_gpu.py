@@ -145,7 +145,6 @@ def test_a_forward_that_loads_nothing_waits_for_nothing(engine, gpu):
 
 def test_pages_of_a_request_aborted_while_it_loads_are_reused_after_the_load(engine, gpu):
     """No forward waits for a layer; what is written into the pages next stays there."""
-    gpu.fake.set("patience", 5)
     h = stored(engine)
     req, _, loaded, _ = h.begin(IDS)
     h.cache.linker.release_request(req.rid)
@@ -161,7 +160,6 @@ def test_pages_of_a_request_aborted_while_it_loads_are_reused_after_the_load(eng
 
 
 def test_a_request_aborted_while_it_stores(engine, gpu):
-    gpu.fake.set("patience", 5)
     h = engine
     h.run(IDS)
     h.cache.linker.release_request("r1")
@@ -175,7 +173,6 @@ def test_a_request_aborted_while_it_stores(engine, gpu):
 
 
 def test_a_flush_while_loads_land_waits_for_them(engine, gpu):
-    gpu.fake.set("patience", 5)
     h = stored(engine)
     h.begin(IDS)
     assert h.cache.linker.finish_loads() == []

@@ -99,16 +99,21 @@ def test_slots_lie_where_sglang_writes_them(harness, layout):
         assert torch.equal(buffer[h.places(buffer, slots)], values)
 
 
-def test_a_device_that_has_no_kernels_is_named(params, monkeypatch):
+def placed(params, monkeypatch, device: torch.device):
+    """The pool says that it lies on another device."""
     pool = params.token_to_kv_pool_allocator.get_kvcache()
-    info = pool._mha_buffer_info()
-    monkeypatch.setattr(
-        pool,
-        "_mha_buffer_info",
-        lambda: msgspec.structs.replace(info, device=torch.device("xpu", 0)),
-    )
+    info = msgspec.structs.replace(pool._mha_buffer_info(), device=device)
+    monkeypatch.setattr(pool, "_mha_buffer_info", lambda: info)
+    return params
+
+
+def test_a_pool_on_a_gpu_is_described(params, monkeypatch):
+    assert described(placed(params, monkeypatch, torch.device("cuda", 0))).num_layers == 4
+
+
+def test_a_device_that_has_no_kernels_is_named(params, monkeypatch):
     with pytest.raises(ValueError, match="device xpu:0"):
-        described(params)
+        described(placed(params, monkeypatch, torch.device("xpu", 0)))
 
 
 def test_fewer_pages_than_are_given_away(params, monkeypatch):
