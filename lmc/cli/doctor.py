@@ -234,8 +234,8 @@ def check_engine(env: Mapping[str, str]) -> Iterator[Finding]:
     if found[SGLANG] is not None:
         yield check_page_hash(env)
     if any(found.values()) and (gpus := [str(path) for path in GPUS if path.exists()]):
-        text = f"{gpus[0]} is here, and this release serves KV pools on the CPU only"
-        todo = "leave lmc off where the engine uses the GPU: it would be refused at start"
+        text = f"{gpus[0]} is here: lmc copies KV on GPUs by kernels that never ran on one"
+        todo = "compare answers with and without lmc first, or leave it off where a GPU is used"
         yield Finding("gpu", "note", text, todo)
 
 
