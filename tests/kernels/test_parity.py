@@ -184,7 +184,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert proof.read(tmp_path / "none.json") == {}
 
 
-def test_the_shipped_table_has_every_object_that_ships() -> None:
+def test_the_shipped_table_has_every_object_that_ships(pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("write_parity", False):
+        pytest.skip("the table is about to be written")
     ways: dict[str, set[How]] = {}
     for row in proof.rows_of(proof.read(), native.source_hash()):
         ways.setdefault(row.target, set()).add(row.how)
