@@ -20,7 +20,7 @@ from .layout import MIN_CHUNK_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-KERNELS = ("auto", "cpu", "cuda", "hip", "torch")
+KERNELS = ("auto", "cpu", "cuda", "hip", "triton", "torch")
 GPU_COPIES = ("auto", "reach", "batch", "stage")
 SCHEMES = ("file",)
 _GB = 10**9
@@ -89,7 +89,7 @@ class Config:
     dropped and counted.
     """
     kernels: str = "auto"
-    """LMC_KERNELS: who moves pages: auto, cpu (native), cuda and hip (kernels), torch."""
+    """LMC_KERNELS: who moves pages: auto, cpu (native), cuda and hip (kernels), triton, torch."""
     gpu_copy: str = "auto"
     """LMC_GPU_COPY: how a GPU moves pages to and from pinned memory: auto (the vendor's policy),
     reach (a kernel reads and writes it), batch (copy engines, NVIDIA only), stage (by way of the

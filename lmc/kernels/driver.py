@@ -10,10 +10,11 @@ import abc
 import ctypes
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from lmc.kernels.args import BLOCK, GATHER, SCATTER, PagesArgs
 from lmc.kernels.images import Vendor
+from lmc.kernels.jit import Compiled
 
 __all__ = ["BATCH_PIECES", "Driver", "DriverError", "Kernels", "mapped_library"]
 
@@ -46,6 +47,7 @@ _ARGUMENTS = {
 
 BATCH_PIECES = 8192
 
+_NO_SCRATCH = c_void_p()
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY, hipErrorNotReady
 _STREAM_NON_BLOCKING = 1
 _EVENT_NO_TIMING = 2
@@ -59,11 +61,12 @@ class DriverError(RuntimeError):
         self.call, self.status, self.name = call, status, name
 
 
-class Kernels:
-    """Both ops of a loaded image; of the device that was in use when it was loaded."""
+class Kernels(NamedTuple):
+    """Both ops, loaded; of the device that was in use then."""
 
-    def __init__(self, module: int, functions: dict[str, int]) -> None:
-        self.module, self.functions = module, functions
+    functions: dict[str, int]
+    threads: int  # of a block
+    split: bool  # whether each field of PagesArgs is a parameter of its own
 
 
 class Driver(abc.ABC):
@@ -102,16 +105,20 @@ class Driver(abc.ABC):
 
     # --- kernels
 
-    def load(self, image: bytes) -> Kernels:
-        module = self._made("load", image)
-        functions = {op: self._made("function", module, op.encode()) for op in (GATHER, SCATTER)}
-        return Kernels(module, functions)
+    def load(self, image: bytes | Compiled) -> Kernels:
+        if isinstance(image, Compiled):
+            modules = {op: self._made("load", one) for op, one in image.images.items()}
+            threads, split = image.threads, True
+        else:
+            modules = dict.fromkeys((GATHER, SCATTER), self._made("load", image))
+            threads, split = BLOCK, False
+        functions = {op: self._made("function", at, op.encode()) for op, at in modules.items()}
+        return Kernels(functions, threads, split)
 
     def launch(self, kernels: Kernels, op: str, args: PagesArgs, stream: int) -> None:
-        argument = c_void_p(ctypes.addressof(args))
-        grid, block = (args.grid, 1, 1), (BLOCK, 1, 1)
-        function = kernels.functions[op]
-        self._call("launch", function, *grid, *block, 0, stream, byref(argument), None)
+        parameters = _parameters(args, split=kernels.split)
+        grid, block = (args.grid, 1, 1), (kernels.threads, 1, 1)
+        self._call("launch", kernels.functions[op], *grid, *block, 0, stream, parameters, None)
 
     # --- streams and events
 
@@ -208,6 +215,18 @@ class Driver(abc.ABC):
     def _check_named(self, symbol: str, status: int) -> None:
         if status:
             raise DriverError(symbol, status, *self.error_of(status))
+
+
+def _parameters(args: PagesArgs, *, split: bool) -> "ctypes.Array[c_void_p]":
+    """Where a driver finds them. Triton appends pointers to scratch memory, none, one or two by its
+    version: no kernel of ours uses any, and a driver reads no more than a kernel takes.
+    """
+    begin = ctypes.addressof(args)
+    places = [begin]
+    if split:
+        places = [begin + getattr(PagesArgs, name).offset for name, _ in PagesArgs._fields_]
+        places += [ctypes.addressof(_NO_SCRATCH)] * 2
+    return (c_void_p * len(places))(*places)
 
 
 def mapped_library(name: str, maps: Path = Path("/proc/self/maps")) -> str | None:

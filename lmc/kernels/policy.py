@@ -13,7 +13,9 @@ class Policy:
     wave: int
     """Threads that load together: the widest crew that a page is worth."""
     grid: int
-    """Blocks of a launch: enough bytes in flight for the link, no more of the GPU than that."""
+    """Blocks of a launch, of BLOCK threads or as many in smaller ones: enough bytes in flight for
+    the link, no more of the GPU than that.
+    """
     batch_from: int | None
     """Bytes of a piece, on the average of a transfer, from which copy engines are given all pieces
     in one call; None: never. A piece is what is contiguous in the pool and in the chunk.

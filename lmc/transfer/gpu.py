@@ -1,4 +1,4 @@
-"""The backends of GPUs: launches of the shipped kernels, and the copies around them.
+"""The backends of GPUs: launches of the kernels, and the copies around them.
 
     reaching    a kernel reads or writes chunks in the host's memory, by their address on the device
     batches     pages <-> chunks, by copy engines that are given all pieces in one call
@@ -12,7 +12,7 @@ staged. All of it is put into a stream of the caller's and nothing waits for it 
 import ctypes
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Self
 
@@ -21,8 +21,9 @@ import torch
 from lmc import cuda, hip
 from lmc.cuda.driver import CudaDriver
 from lmc.hip.driver import HipDriver
-from lmc.kernels import GATHER, SCATTER, Tables, before, choose, load, pages_args
+from lmc.kernels import BLOCK, GATHER, SCATTER, Tables, Vendor, before, choose, load, pages_args
 from lmc.kernels.driver import BATCH_PIECES, Driver, DriverError, Kernels
+from lmc.kernels.jit import Compiled
 from lmc.kernels.policy import Policy
 from lmc.transfer.contiguous import Contiguous, Run
 from lmc.transfer.pages import PagedPool, Transfer
@@ -74,9 +75,11 @@ class _Batch(NamedTuple):
 
 
 class GpuBackend:
-    def __init__(self, driver: Driver, image: bytes, policy: Policy, device: int = 0) -> None:
-        """`image` must be one for that device (`lmc.kernels.choose`). Raises DriverError."""
-        self.name = str(driver.vendor)
+    def __init__(
+        self, driver: Driver, image: bytes | Compiled, policy: Policy, device: int = 0
+    ) -> None:
+        """`image` must be one for that device. Raises DriverError."""
+        self.name = "triton" if isinstance(image, Compiled) else str(driver.vendor)
         self.driver, self.policy, self.device = driver, policy, device
         self.pins = Pins()
         self._free: list[Buffer] = []
@@ -87,9 +90,13 @@ class GpuBackend:
         self._kernels: Kernels = driver.load(image)
 
     @classmethod
-    def of(cls, device: torch.device) -> Self:
-        """For a GPU of torch's. Raises ImageError, DriverError or OSError where none of the images
-        or no driver serves it.
+    def of(
+        cls,
+        device: torch.device,
+        image_for: Callable[[Vendor, str], bytes | Compiled] = lambda *gpu: load(choose(*gpu)),
+    ) -> Self:
+        """For a GPU of torch's, with the image that ships or another (`lmc.kernels.compile_pages`).
+        Raises ImageError, DriverError or OSError where no image or no driver serves it.
         """
         if device.type != "cuda":  # torch's name for AMD's GPUs as well
             raise OSError(f"the pool is on {device}")
@@ -100,7 +107,7 @@ class GpuBackend:
             driver, policy, arch = HipDriver(), hip.POLICY, found.gcnArchName
         else:
             driver, policy, arch = CudaDriver(), cuda.POLICY, f"sm_{found.major}{found.minor}"
-        return cls(driver, load(choose(driver.vendor, arch)), policy, index)
+        return cls(driver, image_for(driver.vendor, arch), policy, index)
 
     # --- one op, to its end
 
@@ -146,7 +153,7 @@ class GpuBackend:
             starts = at + len(table) * _WORD
             tables = Tables(rows, sums, at, starts, buffer.device)
             at = starts + len(batch.runs) * _WORD
-            wave, grid = self.policy.wave, self.policy.grid
+            wave, grid = self.policy.wave, self.policy.grid * BLOCK // self._kernels.threads
             args = pages_args(pool.table, batch.planes, table, tables, wave=wave, grid=grid)
             assert args is not None
             copies = self._copies(pool, batch, stream)

@@ -1,4 +1,6 @@
-"""The two ops, gather (pool -> chunks) and scatter (chunks -> pool), and the choice of backend.
+"""The two ops, gather (pool -> chunks) and scatter (chunks -> pool), and the choice of backend:
+in memory of the host the native library, on a GPU the kernels that ship, or else those that Triton
+compiles; torch's index ops where nothing else works.
 
 A transfer is checked once, whichever backend moves it. The memory behind a piece's address is the
 caller's, and stays valid and unshared until the op returns. Gather may repeat page ids, scatter
@@ -12,7 +14,7 @@ from typing import Protocol
 import torch
 
 from lmc.config import KERNELS
-from lmc.kernels import ImageError
+from lmc.kernels import ImageError, compile_pages
 from lmc.kernels.driver import DriverError
 from lmc.transfer.gpu import GpuBackend
 from lmc.transfer.native import CpuBackend
@@ -68,17 +70,39 @@ def resolve(
         raise ValueError(f"unknown kernels {name!r}, choose from {', '.join(KERNELS)}")
     if name == "torch":
         return _chosen(TorchBackend(), "asked for")
-    backend: Backend
-    try:
-        backend = CpuBackend() if device.type == "cpu" else GpuBackend.of(device)
-        refusal = f"the pool is on {device}"
-    except (ImageError, DriverError, OSError) as error:
-        backend, refusal = TorchBackend(), str(error)
-    if name not in ("auto", backend.name):
-        raise ValueError(f"kernels {name!r} cannot serve this pool: {refusal}")
-    if isinstance(backend, GpuBackend):
-        backend.policy = backend.policy.forced(copy, blocks)
-    return _chosen(backend, refusal if name == "auto" else "asked for")
+    refusals: list[str] = []
+    for make in _CHOICES.get(name, (_shipped,)):
+        try:
+            backend = make(device, copy, blocks)
+        except (ImageError, DriverError, OSError) as error:
+            refusals.append(str(error))
+            continue
+        if name == "auto":
+            return _chosen(backend, "; ".join(refusals) or f"the pool is on {device}")
+        if name == backend.name:
+            return _chosen(backend, "asked for")
+        refusals.append(f"the pool is on {device}")
+    why = "; ".join(dict.fromkeys(refusals))
+    if name != "auto":
+        raise ValueError(f"kernels {name!r} cannot serve this pool: {why}")
+    return _chosen(TorchBackend(), why)
+
+
+def _shipped(device: torch.device, copy: str, blocks: int | None) -> Backend:
+    return CpuBackend() if device.type == "cpu" else _gpu(GpuBackend.of(device), copy, blocks)
+
+
+def _triton(device: torch.device, copy: str, blocks: int | None) -> Backend:
+    return _gpu(GpuBackend.of(device, compile_pages), copy, blocks)
+
+
+def _gpu(backend: GpuBackend, copy: str, blocks: int | None) -> GpuBackend:
+    backend.policy = backend.policy.forced(copy, blocks)
+    return backend
+
+
+_CHOICES = {"auto": (_shipped, _triton), "triton": (_triton,)}
+"""In order; the other names are names of what ships."""
 
 
 def _chosen(backend: Backend, reason: str) -> Backend:

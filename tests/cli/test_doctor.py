@@ -83,7 +83,7 @@ def test_a_bad_setting_makes_it_fail(
     monkeypatch.setenv("LMC_KERNELS", "magic")
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "BAD  settings  LMC_KERNELS='magic': choices: auto, cpu, cuda, hip, torch" in said
+    assert "LMC_KERNELS='magic': choices: auto, cpu, cuda, hip, triton, torch" in said
     assert said.endswith("\nto be mended: settings\n")
 
 

@@ -110,7 +110,7 @@ def test_ways_to_say_no(text: str) -> None:
         ("LMC_IO_THREADS", "0", "must be a whole number from 1 to 256"),
         ("LMC_IO_THREADS", "1000", "must be a whole number from 1 to 256"),
         ("LMC_WRITE_QUEUE_MB", "-0.1", "must be a number from 0 to 1e+06 MB"),
-        ("LMC_KERNELS", "cuda12", "choices: auto, cpu, cuda, hip, torch"),
+        ("LMC_KERNELS", "cuda12", "choices: auto, cpu, cuda, hip, triton, torch"),
         ("LMC_GPU_COPY", "fast", "choices: auto, reach, batch, stage"),
         ("LMC_GPU_BLOCKS", "0", "must be a whole number from 1 to 65535"),
         ("LMC_TIERS", "/plain/path", "has no known scheme; choices: file://"),

@@ -1,9 +1,9 @@
 """Executes AMD's assembly without a GPU, numpy over the lanes of a wave: CDNA (gfx90a, gfx942,
 gfx950, 64 lanes) and RDNA (gfx1100, gfx1201, 32 lanes).
 
-Knows what clang writes for our kernels; anything else is a Fault that names it. RDNA's names for
-what CDNA has too are CDNA's here. A register whose load was not waited for must not be touched. Not
-modelled: time, caches, the order of memory.
+Knows what clang and Triton write for our kernels; anything else is a Fault that names it. RDNA's
+names for what CDNA has too are CDNA's here. A register whose load was not waited for must not be
+touched. Not modelled: time, caches, the order of memory.
 """
 
 import functools
@@ -22,6 +22,7 @@ U32, U64, I32, F32 = np.uint32, np.uint64, np.int32, np.float32
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 MAX_STEPS = 500_000
 NO_EFFECT = {"s_nop", "s_barrier"}  # waves here share nothing
+DIRECTIVES = (".loc", ".cfi_", ".file", ".p2align")
 NO_EFFECT |= {"s_clause", "s_delay_alu", "s_waitcnt_depctr", "s_wait_alu"}
 CACHE_HINTS = {"nt", "sc0", "sc1", "glc", "slc", "dlc"}
 COUNTERS = {"s_wait_loadcnt": "vmcnt", "s_wait_kmcnt": "lgkmcnt"}
@@ -67,7 +68,9 @@ def _kernel(name: str, body: str, text: str) -> Kernel:
     generation = re.search(r'\.amdgcn_target ".*-gfx(\d+)\w\w"', text)
     rdna = int(generation[1]) if generation and int(generation[1]) >= 10 else 0
     unused = 4 * int(facts.get("user_sgpr_private_segment_buffer", 0))  # gfx90a puts it first
-    count = 15 if rdna == 11 else unused + 2
+    # what is preloaded is not relied on: a kernel begins with what loads it where nothing was
+    preloaded = int(facts.get("user_sgpr_kernarg_preload_length", 0))
+    count = 15 if rdna == 11 else unused + 2 + preloaded
     expected = {"user_sgpr_count": count, "user_sgpr_kernarg_segment_ptr": 1}
     expected |= {"system_sgpr_workgroup_id_x": 1, "wavefront_size32": int(rdna > 0)}
     expected |= {"private_segment_fixed_size": 0, "group_segment_fixed_size": 0}
@@ -79,7 +82,7 @@ def _kernel(name: str, body: str, text: str) -> Kernel:
         statement = line.partition(";")[0].strip()
         if statement.endswith(":"):
             kernel.labels[statement[:-1]] = len(kernel.code)
-        elif statement:
+        elif statement and not statement.startswith(DIRECTIVES):
             kernel.code.append(_instruction(statement))
     return kernel
 
@@ -213,7 +216,9 @@ VECTOR: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "v_perm_b32": ("uuu", _permute),
     "v_cvt_f32_u32": ("u", lambda a: a.astype(F32)),
     "v_cvt_u32_f32": ("f", _to_u32),
+    "v_ashrrev_i32": ("ui", lambda a, b: b >> (a & U32(31)).astype(I32)),
     "v_rcp_iflag_f32": ("f", lambda a: F32(1) / a),
+    "v_rcp_f32": ("f", lambda a: F32(1) / a),
     "v_mul_f32": ("ff", lambda a, b: a * b),
 }
 """Types of the sources, and what is made of them in all lanes."""
@@ -406,6 +411,8 @@ class Wave:
             a, b = (_signed(a), _signed(b)) if kind == "i32" else (a, b)
             self.scc = COMPARE[op[4:]](a, b)
             return
+        if op == "addk":  # to what is in the register
+            op, sources = "add", [to, *sources]
         a, b = (self.read_scalar(source) & mask for source in (*sources, *sources)[:2])
         if op.endswith("_saveexec"):
             value = SCALAR[op.removesuffix("_saveexec")](a, self.special["exec"])
@@ -422,6 +429,10 @@ class Wave:
                 return a
             case "cselect":
                 return a if self.scc else b
+            case "abs":
+                value = abs(_signed(a))
+            case "ashr" if kind == "i32":
+                value = (_signed(a) >> (b & 31)) & MASK32
             case "mul":
                 return a * b
             case "mul_hi":
@@ -519,9 +530,10 @@ class Wave:
             self.write(to, total)
         elif name == "v_bitop3_b32":
             self.write(to, self.any_logic(sources, instruction.modifiers["bitop3"]))
-        elif name == "v_pk_mov_b32" and sources.pop() == "op_sel:[0,1]":
-            low, high = (self.read(source, "U") for source in sources)
-            self.write(to, low & U64(MASK32) | high & U64(MASK64 ^ MASK32))
+        elif name == "v_pk_mov_b32" and sources[2:] in ([], ["op_sel:[0,1]"]):
+            low, high = (self.read(source, "U") for source in sources[:2])
+            high = high & U64(MASK64 ^ MASK32) if sources[2:] else high << U64(32)
+            self.write(to, low & U64(MASK32) | high)
         else:
             raise Fault(f"unknown CDNA instruction {instruction.text}")
 

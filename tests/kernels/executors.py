@@ -92,13 +92,15 @@ class Host:
 class Interpreted:
     """Kernels of an interpreter, `ptx` or `cdna`."""
 
-    def __init__(self, kernels: dict, launch: Callable[..., None], wave: int) -> None:
-        self.kernels, self.interpret, self.wave = kernels, launch, wave
+    def __init__(
+        self, kernels: dict, launch: Callable[..., None], wave: int, threads: int = BLOCK
+    ) -> None:
+        self.kernels, self.interpret, self.wave, self.threads = kernels, launch, wave, threads
         self.executed: Counter[str] = Counter()
 
     def launch(self, op: str, args: PagesArgs, memory: Memory) -> None:
         kernel = self.kernels[op]
-        self.interpret(kernel, memory, bytes(args), args.grid, BLOCK, self.executed)
+        self.interpret(kernel, memory, bytes(args), args.grid, self.threads, self.executed)
 
 
 def host_library(vendor: str, folder: Path, source: Path, flags: list[str] | None = None) -> Path:

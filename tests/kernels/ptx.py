@@ -1,7 +1,7 @@
 """Executes PTX without a GPU: numpy over the threads of a block, the lowest instruction first.
 
-Knows what NVRTC writes for our kernels; anything else is a Fault that names it. Not modelled: time,
-caches, the order of memory.
+Knows what NVRTC and Triton write for our kernels; anything else is a Fault that names it. Not
+modelled: time, caches, the order of memory.
 """
 
 import re
@@ -15,6 +15,7 @@ from .memory import Fault, Memory
 U32, U64 = np.uint32, np.uint64
 TYPES = {
     "u8": np.uint8,
+    "b8": np.uint8,
     "u16": np.uint16,
     "b16": np.uint16,
     "u32": U32,
@@ -57,7 +58,7 @@ class Instruction(NamedTuple):
 
 class Kernel(NamedTuple):
     name: str
-    parameter: str
+    parameters: dict[str, int]  # where each begins
     registers: dict[str, np.dtype]  # by prefix: "%rd" -> uint64
     code: list[Instruction]
     labels: dict[str, int]
@@ -69,10 +70,7 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 def _kernel(name: str, given: str, body: str) -> Kernel:
-    parameter = re.fullmatch(r"\.param \.align 8 \.b8 (\w+)\[\d+\]", given)
-    if not parameter:
-        raise Fault(f"{name} takes {given}, not one struct")
-    kernel = Kernel(name, parameter[1], {}, [], {})
+    kernel = Kernel(name, _parameters(name, given), {}, [], {})
     for line in body.splitlines():
         statement = line.partition("//")[0].strip()
         if declared := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+)<\d+>;", statement):
@@ -82,9 +80,25 @@ def _kernel(name: str, given: str, body: str) -> Kernel:
         elif found := re.fullmatch(r"(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*(.*);", statement):
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
             kernel.code.append(Instruction(found[1] or "", found[2].split("."), operands))
-        elif statement and not statement.startswith(".pragma"):
+        elif statement and not statement.startswith((".pragma", ".loc")):
             raise Fault(f"unknown PTX statement {statement!r}")
     return kernel
+
+
+def _parameters(name: str, given: str) -> dict[str, int]:
+    """Of one struct, or of words and pointers: where each begins."""
+    if struct := re.fullmatch(r"\.param \.align 8 \.b8 (\w+)\[\d+\]", given):
+        return {struct[1]: 0}
+    places, at = {}, 0
+    for one in given.split(","):
+        pattern = r"\s*\.param \.u(32|64)(?: \.ptr \.global \.align \d+)? (\w+)\s*"
+        if not (word := re.fullmatch(pattern, one)):
+            raise Fault(f"{name} takes {one.strip()}")
+        size = int(word[1]) // 8
+        at = -(-at // size) * size
+        places[word[2]] = at
+        at += size
+    return places
 
 
 def launch(
@@ -194,26 +208,31 @@ class Block:
                     return np.where(operand(2, "pred"), operand(0), operand(1))
                 case ["not", _]:
                     return ~operand(0)
-                case ["mul", "wide", "u32"]:
-                    return operand(0).astype(U64) * operand(1).astype(U64)
+                case ["mul", "wide", "u32" | "s32"]:
+                    wide = U64 if kind == "u32" else np.int64
+                    return operand(0).astype(wide) * operand(1).astype(wide)
                 case ["mul", "lo", _]:
                     return operand(0) * operand(1)
                 case ["mad", "lo", _]:
                     return operand(0) * operand(1) + operand(2)
-                case ["shl" | "shr", "b32" | "u32" | "b64" | "u64"]:
+                case ["shl" | "shr", "b32" | "u32" | "b64" | "u64"] | ["shr", "s32" | "s64"]:
                     return self.shift(op, operand(0), operand(1, "u32"))
-                case ["div" | "rem", "u32" | "u64"] if not operand(1).all():
+                case ["div" | "rem", _] if not operand(1).all():
                     raise Fault("division by zero")
+                case ["div" | "rem", "s32" | "s64"] if (operand(0) | operand(1) < 0).any():
+                    raise Fault("division of what is below zero")
                 case [("add" | "sub" | "and" | "or" | "xor" | "min" | "max"), _] | [
                     "div" | "rem",
-                    "u32" | "u64",
+                    "u32" | "u64" | "s32" | "s64",
                 ]:
                     return BINARY[op](operand(0), operand(1))
         raise Fault(f"unknown PTX instruction {'.'.join(words)}")
 
     def shift(self, op: str, value: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """PTX clamps: what is shifted by all of its bits is 0."""
+        """PTX clamps: what is shifted by all of its bits is 0, or -1 where the sign comes in."""
         bits = value.dtype.itemsize * 8
+        if value.dtype.kind == "i":
+            return value >> np.minimum(by, bits - 1).astype(value.dtype)
         inside = np.minimum(by, bits - 1).astype(value.dtype)
         shifted = value << inside if op == "shl" else value >> inside
         return np.where(by < bits, shifted, value.dtype.type(0))
@@ -224,16 +243,18 @@ class Block:
 
     def load_parameter(self, operands: list[str], kind: str) -> None:
         where = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", operands[1])
-        if not where or where[1] != self.kernel.parameter:
+        if not where or where[1] not in self.kernel.parameters:
             raise Fault(f"ld.param of {operands[1]}")
+        begin = self.kernel.parameters[where[1]] + int(where[2] or 0)
         size = np.dtype(TYPES[kind]).itemsize
         for index, register in enumerate(re.findall(r"%\w+", operands[0])):
-            start = int(where[2] or 0) + index * size
+            start = begin + index * size
             value = np.frombuffer(self.args[start : start + size], TYPES[kind])
             self.write(register, np.repeat(value, len(self.on)))
 
     def addresses(self, operand: str) -> np.ndarray:
-        register, offset = re.fullmatch(r"\[(%\w+)(?:\+(-?\d+))?\]", operand).groups()
+        place = operand.replace(" ", "")
+        register, offset = re.fullmatch(r"\[(%\w+)(?:\+(-?\d+))?\]", place).groups()
         with np.errstate(over="ignore"):
             return self.read(register, "u64") + np.int64(offset or 0).astype(U64)
 

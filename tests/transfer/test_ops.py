@@ -215,7 +215,7 @@ def test_without_the_library_auto_falls_to_torch_with_one_line(
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_choice_of_the_setting_serves_or_is_refused_by_name(name: str) -> None:
-    if name in ("cuda", "hip"):
+    if name in ("cuda", "hip", "triton"):
         with pytest.raises(ValueError, match=f"'{name}' cannot serve .*the pool is on cpu"):
             resolve(name, torch.device("cpu"))
     elif name == "cpu" and (reason := cpu.missing()):
