@@ -6,7 +6,7 @@
 
 The list is mutants.toml: a piece of source, and what it is replaced by. Where the piece is not
 found exactly once the list is out of date, which is an error as well. Prints each bug, and the test
-that saw it. Those in device code are for tests/kernels/test_planted.py.
+that saw it. Those in device code are for tests/kernels: test_planted.py and test_triton.py.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ def planted() -> list[Bug]:
 
 def planted_kernels() -> list[KernelBug]:
     return [KernelBug(**bug) for bug in _listed()["kernel"]]
+
+
+def planted_triton() -> list[KernelBug]:
+    return [KernelBug(**bug) for bug in _listed()["triton"]]
 
 
 def _listed() -> dict[str, list[dict[str, Any]]]:

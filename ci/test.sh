@@ -16,7 +16,8 @@ say "models for the engine tests"
 # A server may take two minutes to start on a busy machine; only then is a silent test a hang.
 say "tests inside SGLang, and against real SGLang servers"
 "$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \
-    tests/integrations tests/engines tests/cli tests/test_readme.py tests/ci/test_matrix.py
+    tests/integrations tests/engines tests/cli tests/test_readme.py tests/ci/test_matrix.py \
+    tests/kernels/test_triton.py
 
 use_env vllm
 say "models for the engine tests"

@@ -1,12 +1,18 @@
-"""Executors of the kernels and fake drivers, each made once, and what the tests of a run prove."""
+"""Executors of the kernels and fake drivers, each made once, GPUs that torch seems to see, and what
+the tests of a run prove.
+"""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ci import native
+from lmc.cuda import driver as cuda_driver
+from lmc.hip import driver as hip_driver
 from lmc.kernels import Vendor, proof
 from lmc.kernels.proof import OPS, How
 
@@ -48,3 +54,21 @@ def executor_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exe
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Vendor, Path]:
     """The fake drivers."""
     return build_all(tmp_path_factory.mktemp("drivers"))
+
+
+@pytest.fixture
+def gpu(
+    libraries: dict[Vendor, Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Vendor, str], torch.device]:
+    """A GPU of a vendor that calls itself so, behind a fake driver: what torch would say of it."""
+
+    def seen(vendor: Vendor, arch: str) -> torch.device:
+        digits = arch.removeprefix("sm_") if vendor is Vendor.CUDA else "00"
+        found = SimpleNamespace(major=digits[:-1], minor=digits[-1], gcnArchName=arch)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        monkeypatch.setattr(torch.version, "hip", "7" if vendor is Vendor.HIP else None)
+        module = cuda_driver if vendor is Vendor.CUDA else hip_driver
+        monkeypatch.setattr(module, "LIBRARY", str(libraries[vendor]))
+        return torch.device("cuda", 0)
+
+    return seen

@@ -11,7 +11,7 @@ from ci import native
 from lmc import cuda, hip
 from lmc.cuda.driver import CudaDriver
 from lmc.hip.driver import HipDriver
-from lmc.kernels import Vendor, listed, load
+from lmc.kernels import Compiled, Vendor, listed, load
 from lmc.transfer.gpu import GpuBackend
 from lmc.transfer.pages import PagedPool
 
@@ -54,9 +54,9 @@ class Fake:
         for plane in pool.planes:
             self.library.fake_disown(ctypes.c_void_p(plane.data_ptr()))
 
-    def backend(self, **policy: object) -> GpuBackend:
+    def backend(self, image: Compiled | None = None, **policy: object) -> GpuBackend:
         policy = {"grid": 3, "staging_bytes": 1 << 20, "batch_from": None, **policy}
-        return GpuBackend(self.driver, self.image, replace(self.policy, **policy))
+        return GpuBackend(self.driver, image or self.image, replace(self.policy, **policy))
 
 
 def build(vendor: Vendor, folder: Path) -> Path:

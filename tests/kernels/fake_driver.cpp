@@ -3,6 +3,7 @@
 //
 //   streams are lazy      nothing runs before it is waited for, so an order that nobody asked for is not there
 //   host memory moves     pinned memory has another address on the device, and neighbours do not lie side by side
+//   kernels differ        those of Triton take the arguments one by one, in blocks of as many threads as fake_set says
 //   calls fail            pinning above a sum, the k-th launch, an event that never comes, as fake_set says
 //
 // Handles that were never made, or are gone, are refused; so is a kernel that reads or writes a chunk where no
@@ -145,14 +146,28 @@ int fake_function(void** function, void* module, const char* name) {
     return made(function, next_handle);
 }
 
+// Of kernels that take each field as a parameter, and then two pointers to scratch memory: they need none.
+lmc_pages joined(void** arguments) {
+    lmc_pages args{};
+    char* to = (char*)&args;
+    for (int field = 0; field < 13; ++field) {
+        const size_t size = field < 5 ? 8 : 4;
+        memcpy(to, arguments[field], size);
+        to += size;
+    }
+    if (*(void**)arguments[13] || *(void**)arguments[14]) args.grid = 0;  // which no launch has
+    return args;
+}
+
 int fake_launch(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                 unsigned shared, void* stream, void** arguments, void** extra) {
     const auto found = functions.find((uint64_t)function);
     if (found == functions.end()) return INVALID_HANDLE;
-    if (gy != 1 || gz != 1 || bx != LMC_BLOCK || by != 1 || bz != 1 || shared || extra) return INVALID_VALUE;
+    const unsigned split = (unsigned)settings["split"], threads = split ? split : LMC_BLOCK;
+    if (gy != 1 || gz != 1 || bx != threads || by != 1 || bz != 1 || shared || extra) return INVALID_VALUE;
     if (++counts["launches"] == settings["fail_launch"]) return LAUNCH_FAILED;
-    const lmc_pages args = *(const lmc_pages*)arguments[0];  // a driver copies them at the call
-    if (args.grid != gx) return INVALID_VALUE;
+    const lmc_pages args = split ? joined(arguments) : *(const lmc_pages*)arguments[0];  // copied at the call
+    if (args.grid != gx || args.grid % (LMC_BLOCK / threads)) return INVALID_VALUE;
     const bool gather = found->second == "lmc_gather";
     for (const auto& table : {(uint64_t)args.planes, (uint64_t)args.before, (uint64_t)args.pieces,
                               (uint64_t)args.starts, (uint64_t)args.page_ids})

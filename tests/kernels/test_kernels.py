@@ -125,9 +125,9 @@ def test_words_of_all_widths_were_moved(name: str, executor_of: Executors) -> No
 
 def stray_transfer() -> Transfer:
     """A page id past the pool, as a bug of ours would let it through."""
-    pool = PagedPool([torch.zeros(4, 64, dtype=torch.uint8)])
-    chunk = torch.zeros(2 * 64, dtype=torch.uint8)
-    transfer = Transfer(pool, torch.tensor([0, 1]), [Piece(chunk.data_ptr(), 2, 0, 2)])
+    memory = torch.zeros(6, 64, dtype=torch.uint8)  # the chunk as well: a pool keeps it
+    pool = PagedPool([memory[2:]])
+    transfer = Transfer(pool, torch.tensor([0, 1]), [Piece(memory.data_ptr(), 2, 0, 2)])
     transfer.page_ids[1] = 4
     return transfer
 

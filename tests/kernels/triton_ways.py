@@ -84,7 +84,17 @@ class Programs:
         ]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(interpreter, "_interpreter", Checked(memory))
-            getattr(self.kernels, op)[(args.grid,)](*values)
+            try:
+                getattr(self.kernels, op)[(args.grid,)](*values)
+            except interpreter.InterpreterError as error:
+                raise first(error) from None
+
+
+def first(error: BaseException) -> BaseException:
+    """What went wrong before Triton's interpreter put its own around it, once a call."""
+    while isinstance(error, interpreter.InterpreterError) and error.__cause__:
+        error = error.__cause__
+    return error
 
 
 class Split(Interpreted):
