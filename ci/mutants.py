@@ -6,7 +6,7 @@
 
 The list is mutants.toml: a piece of source, and what it is replaced by. Where the piece is not
 found exactly once the list is out of date, which is an error as well. Prints each bug, and the test
-that saw it. Those in device code are for tests/kernels: test_planted.py and test_triton.py.
+that saw it. Those in device code are for tests/kernels: test_planted.py and test_planted_triton.py.
 """
 
 from __future__ import annotations

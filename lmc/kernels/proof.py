@@ -113,6 +113,9 @@ _KINDS = {
     "sm_": "NVIDIA sm_{}",
     "compute_": "NVIDIA PTX compute_{}",
     "gfx": "AMD gfx{}",
+    "triton sm_": "Triton, NVIDIA sm_{}",
+    "triton gfx": "Triton, AMD gfx{}",
+    "triton": "Triton source",
 }
 """How a target's name begins, in the order of the table, and how it is shown."""
 

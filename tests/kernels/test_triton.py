@@ -5,7 +5,6 @@ compiles; what it compiles for every GPU; launches of it. Triton is in the SGLan
 import functools
 import logging
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +16,19 @@ pytest.importorskip("triton", reason="Triton is not installed here: ci/test.sh h
 
 from triton.backends.nvidia.compiler import get_ptxas
 
-from ci import mutants
 from lmc.kernels import Compiled, ImageError, Vendor, compile_pages
+from lmc.kernels.proof import How
 from lmc.transfer.ops import resolve
 from lmc.transfer.reference import TorchBackend
 
 from .cases import CASES
-from .executors import ROOT, Executor, Interpreted, KernelBackend, judge
+from .executors import Executor, Interpreted, KernelBackend
 from .fake import Fake
 from .memory import Fault
 from .test_driver import WAYS as REACHES
 from .test_driver import Pinned
 from .test_kernels import stray_transfer
-from .triton_ways import COMPILED, NAME, WAYS, compiled, make
+from .triton_ways import COMPILED, WAYS, compiled, make
 
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1200", "gfx1201")
@@ -62,9 +61,12 @@ def compiled_for(cache: None) -> Callable[[str], Compiled]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("way", WAYS)
-def test_moves_what_the_reference_moves(way: str, case: str, made: Made) -> None:
+def test_moves_what_the_reference_moves(
+    way: str, case: str, made: Made, proves: Callable[..., None]
+) -> None:
     got, want = map(CASES[case], (KernelBackend(made(way)), TorchBackend()))
     assert all(map(torch.equal, got, want))
+    proves(way, How.INTERPRETED)
 
 
 @pytest.mark.parametrize("grid", [1, 7, 64])
@@ -99,7 +101,10 @@ def test_a_read_outside_the_pool_is_seen(way: str, made: Made) -> None:
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_nvidia_loads_and_stores_16_bytes_at_once_without_a_spill(
-    arch: str, compiled_for: Callable[[str], Compiled], tmp_path: Path
+    arch: str,
+    compiled_for: Callable[[str], Compiled],
+    tmp_path: Path,
+    proves: Callable[..., None],
 ) -> None:
     found = compiled_for(arch)
     assert found.threads == 32
@@ -112,6 +117,7 @@ def test_nvidia_loads_and_stores_16_bytes_at_once_without_a_spill(
         takes = assembled(text, tmp_path / op)
         assert takes["spill stores"] == takes["spill loads"] == takes["stack frame"] == 0
         assert 0 < takes["registers"] <= MAX_REGISTERS
+    proves(f"triton {arch}", How.ISA)
 
 
 def assembled(text: str, place: Path) -> dict[str, int]:
@@ -127,7 +133,7 @@ def assembled(text: str, place: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("arch", AMD)
 def test_amd_loads_and_stores_16_bytes_at_once_without_a_spill(
-    arch: str, compiled_for: Callable[[str], Compiled]
+    arch: str, compiled_for: Callable[[str], Compiled], proves: Callable[..., None]
 ) -> None:
     found = compiled_for(arch)
     cdna = arch.startswith("gfx9")
@@ -145,6 +151,7 @@ def test_amd_loads_and_stores_16_bytes_at_once_without_a_spill(
         rounds = 4096 // 16 // found.threads
         assert moved.count("global_store_dwordx4") == rounds
         assert moved.count("global_load_dwordx4") >= rounds  # a row of a table as well
+    proves(f"triton {arch}", How.ISA)
 
 
 @pytest.mark.parametrize(("vendor", "arch"), [("hip", "gfx000"), ("cuda", "sm_1"), ("cuda", "x")])
@@ -203,16 +210,3 @@ def test_a_gpu_that_nothing_is_for_gets_torch(
     assert resolve("auto", gpu(Vendor.HIP, "gfx000")).name == "torch"
     [line] = caplog.messages
     assert re.search(r"torch \(no hip image for gfx000, .*; Triton .* has none for gfx000: ", line)
-
-
-# --- planted bugs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bug", mutants.planted_triton(), ids=lambda bug: bug.name)
-def test_the_bug_is_seen(bug: mutants.KernelBug, tmp_path: Path) -> None:
-    (tmp_path / NAME).parent.mkdir(parents=True)
-    shutil.copy(ROOT / NAME, tmp_path / NAME)
-    mutants.plant(bug, tmp_path)
-    ways = ("triton", "triton sm_90", "triton gfx942")
-    assert [way for way in ways if judge(KernelBackend(make(way, tmp_path)))] == bug.seen_by
