@@ -172,7 +172,7 @@ def test_targets_stand_by_kind_and_number_and_cells_count_both_ops() -> None:
     assert head == ["target", *How]
     cells = {line[0]: line[1 + list(How).index(How.ISA)] for line in lines}
     nvidia, amd = ["NVIDIA sm_90", "NVIDIA sm_100"], ["AMD gfx90a", "AMD gfx1100"]
-    assert list(cells) == ["torch index operations", *nvidia, *amd, "triton"]
+    assert list(cells) == ["torch index operations", *nvidia, *amd, "Triton source"]
     assert [cells[name] for name in nvidia] == ["2 / 1", "2 / 0"]
     assert {cell for line in lines for cell in line[1:2]} == {"-"}
 

@@ -1,5 +1,5 @@
-"""Bugs planted in the Triton kernels are seen by the ways to run them that ci/mutants.toml names, and
-by no other: Triton is in the SGLang environment.
+"""Bugs planted in the Triton kernels are seen by the ways to run them that ci/mutants.toml names,
+and by no other. Triton is in the SGLang environment.
 """
 
 import shutil
