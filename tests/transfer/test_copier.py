@@ -93,7 +93,7 @@ def test_who_waits_for_a_layer_finds_it_and_no_more() -> None:
     job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers=True)
     for layer in range(3):
         assert not job.done()
-        backend.next.release()
+        threading.Timer(0.05, backend.next.release).start()
         job.let_wait(layer)
         sums = [int(plane.sum()) for plane in pool.planes]
         assert sums == [384, 28] * (layer + 1) + [0, 0] * (2 - layer)
@@ -202,8 +202,10 @@ def test_an_error_in_the_worker_travels_in_the_job() -> None:
     chunk = Chunk(pool, 4)
     copier = ThreadCopier(Broken(plane=2))
     job = copier.load([transfer_of(pool, torch.arange(4), chunk)], layers=True)
+    started = time.monotonic()
     for layer in range(3):
         job.let_wait(layer)  # there, or given up
+    assert time.monotonic() - started < 2
     assert job.wait(30)
     assert isinstance(job.error, OSError)
     assert torch.equal(pool.planes[0][:4], chunk.payload[: 4 * 96].view(4, 96))
