@@ -16,11 +16,14 @@ _TYPES = {8: "*i64", 4: "i32"}
 """By the bytes of a field of PagesArgs: its type to Triton. Those of 8 are tables."""
 
 
+_ASSEMBLY = {Vendor.CUDA: "ptx", Vendor.HIP: "amdgcn"}
+
+
 class Compiled(NamedTuple):
     """Both ops for one GPU. Each field of PagesArgs is a parameter of its own."""
 
     images: dict[str, bytes]  # by op
-    assembly: dict[str, str]  # by op: PTX, or AMD's
+    assembly: dict[str, str]  # by op: PTX, or AMD's; empty where Triton was told not to keep it
     threads: int  # of a block, which is one wave
 
 
@@ -29,7 +32,7 @@ def compile_pages(vendor: Vendor, arch: str) -> Compiled:
     what it made. Raises ImageError where there is no Triton, or it does not know the GPU.
     """
     try:
-        import triton
+        from triton import TritonError, __version__
 
         from lmc.kernels import pages_triton
     except ImportError as error:
@@ -39,16 +42,16 @@ def compile_pages(vendor: Vendor, arch: str) -> Compiled:
     try:
         made = {op: _compiled(source, vendor, name) for op, source in sources.items()}
     except (
-        triton.TritonError,
+        TritonError,
         subprocess.SubprocessError,  # of NVIDIA's assembler
         *(OSError, RuntimeError, ValueError),  # of its cache, its compiler, its targets
         *(AttributeError, TypeError),  # of a Triton whose API is another
     ) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ImageError(f"Triton {triton.__version__} has none for {name}: {reason}") from error
+        raise ImageError(f"Triton {__version__} has none for {name}: {reason}") from error
     return Compiled(
         {op: one.kernel for op, one in made.items()},
-        {op: one.asm["ptx" if vendor is Vendor.CUDA else "amdgcn"] for op, one in made.items()},
+        {op: one.asm.get(_ASSEMBLY[vendor], "") for op, one in made.items()},
         made[GATHER].metadata.warp_size,
     )
 
