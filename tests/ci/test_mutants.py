@@ -18,7 +18,9 @@ def test_planted_bug_fits_the_source(bug: mutants.Bug) -> None:
     compile(text.replace(bug.old, bug.new), bug.file, "exec")
 
 
-@pytest.mark.parametrize("bug", mutants.planted_kernels(), ids=lambda bug: bug.name)
+@pytest.mark.parametrize(
+    "bug", [*mutants.planted_kernels(), *mutants.planted_triton()], ids=lambda bug: bug.name
+)
 def test_planted_bug_fits_the_device_code(bug: mutants.KernelBug) -> None:
     assert (ROOT / bug.path).read_text(encoding="utf-8").count(bug.old) == 1
 

@@ -13,7 +13,7 @@ import torch
 
 import lmc.cuda.driver as module
 from lmc import cuda, hip
-from lmc.kernels import Vendor, listed, load
+from lmc.kernels import GATHER, SCATTER, Compiled, Vendor, listed, load
 from lmc.kernels.driver import DriverError, mapped_library
 from lmc.tiers.arena import Arena
 from lmc.transfer import pinning
@@ -141,6 +141,18 @@ def test_every_case_moves_its_bytes(fake: Fake, way: str, case: str) -> None:
     else:
         assert fake.count("batches") == 0
     backend.close()
+    assert fake.left == 0
+
+
+@pytest.mark.parametrize("threads", [32, 64])
+def test_kernels_that_take_arguments_one_by_one_move_their_bytes(fake: Fake, threads: int) -> None:
+    """Launched as Triton's are; the fake does not look into an image."""
+    image = Compiled(dict.fromkeys((GATHER, SCATTER), fake.image), {}, threads)
+    fake.set("split", threads)
+    for case in ("mla and its indexer", "many short pieces", "odd rows"):
+        backend = fake.backend(image)
+        assert all(map(torch.equal, CASES[case](Pinned(backend)), CASES[case](TorchBackend())))
+        backend.close()
     assert fake.left == 0
 
 
