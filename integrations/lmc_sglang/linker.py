@@ -139,7 +139,6 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         device = pool.pages.device
         self._copier = copier_of(
             resolve(config.kernels, device, copy=config.gpu_copy, blocks=config.gpu_blocks),
-            device,
             lambda: compat.engine_streams(device, self.forward_stream),
         )
         tiers = open_tiers(config)

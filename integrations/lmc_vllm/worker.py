@@ -75,7 +75,7 @@ class WorkerSide:
         backend = resolve(
             config.kernels, self._device, copy=config.gpu_copy, blocks=config.gpu_blocks
         )
-        self._copier = copier_of(backend, self._device, engine_streams)
+        self._copier = copier_of(backend, engine_streams)
 
     @property
     def _device(self) -> torch.device:

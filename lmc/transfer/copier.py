@@ -111,10 +111,18 @@ class ThreadJob:
 
 
 class ThreadCopier:
-    """A Copier where the processor does the copying."""
+    """A Copier where the processor does the copying, or a GPU while a worker waits for it.
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    `engine_work(transfers)` is called with each job, on the owner's thread; what it returns waits
+    for what the engine does to their pools at that time, and is called by the worker first.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        engine_work: Callable[[Sequence[Transfer]], Callable[[], None]] = lambda _: lambda: None,
+    ) -> None:
+        self._backend, self._engine_work = backend, engine_work
         self._stores = ThreadPoolExecutor(1, thread_name_prefix="lmc-store")
         self._hurried = ThreadPoolExecutor(1, thread_name_prefix="lmc-hurry")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="lmc-load")
@@ -124,7 +132,8 @@ class ThreadCopier:
 
     def store(self, transfers: Sequence[Transfer], *, hurry: bool = False) -> ThreadJob:
         queue = self._hurried if hurry else self._stores
-        return ThreadJob(queue, partial(self._store, tuple(transfers)))
+        work = self._engine_work(transfers)
+        return ThreadJob(queue, partial(self._store, tuple(transfers), work))
 
     def fence(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -134,26 +143,32 @@ class ThreadCopier:
             job.wait()
 
     def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> ThreadJob:
+        work = self._engine_work(transfers)
         if not layers:
-            return ThreadJob(self._loads, partial(self._load, tuple(transfers)))
+            return ThreadJob(self._loads, partial(self._load, tuple(transfers), work))
         (transfer,) = transfers
         landed: list[Future[None]] = [Future() for _ in range(transfer.pool.num_layers)]
-        return ThreadJob(self._loads, partial(self._load_layers, transfer, landed), landed)
+        return ThreadJob(self._loads, partial(self._load_layers, transfer, work, landed), landed)
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""
         for pool in (self._stores, self._hurried, self._loads):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _store(self, transfers: tuple[Transfer, ...]) -> None:
+    def _store(self, transfers: tuple[Transfer, ...], engine_over: Callable[[], None]) -> None:
+        engine_over()  # the step that writes the pages
         for transfer in transfers:
             self._backend.gather(transfer, range(len(transfer.pool.planes)))
 
-    def _load(self, transfers: tuple[Transfer, ...]) -> None:
+    def _load(self, transfers: tuple[Transfer, ...], engine_over: Callable[[], None]) -> None:
+        engine_over()  # a step that still reads the pages
         for transfer in transfers:
             self._backend.scatter(transfer, range(len(transfer.pool.planes)))
 
-    def _load_layers(self, transfer: Transfer, landed: Sequence[Future[None]]) -> None:
+    def _load_layers(
+        self, transfer: Transfer, engine_over: Callable[[], None], landed: Sequence[Future[None]]
+    ) -> None:
+        engine_over()  # as above
         for layer, there in enumerate(landed):
             self._backend.scatter(transfer, transfer.pool.layer_planes(layer))
             there.set_result(None)

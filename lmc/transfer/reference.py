@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,17 +15,36 @@ class TorchBackend:
     name = "torch"
 
     def gather(self, transfer: Transfer, planes: range) -> None:
-        for plane, ids, chunk in _moves(transfer, planes):
-            chunk.copy_(plane.index_select(0, ids))
+        with _in_turn(transfer.pool.device):
+            for plane, ids, chunk in _moves(transfer, planes):
+                chunk.copy_(plane.index_select(0, ids))
 
     def scatter(self, transfer: Transfer, planes: range) -> None:
-        for plane, ids, chunk in _moves(transfer, planes):
-            plane.index_copy_(0, ids, chunk.to(plane.device))
+        with _in_turn(transfer.pool.device):
+            for plane, ids, chunk in _moves(transfer, planes):
+                plane.index_copy_(0, ids, chunk.to(plane.device))
 
 
 def host_view(address: int, num_bytes: int) -> torch.Tensor:
     """Raw host memory as a uint8 tensor; it owns nothing."""
     return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+
+@contextmanager
+def _in_turn(device: torch.device) -> Iterator[None]:
+    """On a GPU: in a stream of its own, over when this is. For other streams than the caller's
+    current one its owner waits (`streams.engine_work`).
+    """
+    if device.type != "cuda":  # torch's name for AMD's GPUs as well
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))  # a step that writes or reads the pages
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()  # what reads or reuses the pages or the chunks next
 
 
 def _moves(

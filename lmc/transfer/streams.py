@@ -11,6 +11,7 @@ even where it failed half-way: what was put into a stream before that runs to it
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
 from lmc.transfer.pinning import SLICE_BYTES, Pinner
 
-__all__ = ["StreamCopier", "StreamJob", "copier_of"]
+__all__ = ["StreamCopier", "StreamJob", "copier_of", "engine_work"]
 
 _POLL_S = 0.0002
 
@@ -189,18 +190,30 @@ class StreamCopier:
         self._backend.close()
 
 
-def copier_of(
-    backend: Backend, device: torch.device, engine_streams: Callable[[], Sequence[int]]
-) -> Copier:
-    """For a pool on `device`: streams where a GPU does the copying, threads where the processor
-    does. Raises ValueError for a GPU without a backend of its own: threads do not see when its
-    streams write and read a page.
-    """
+def copier_of(backend: Backend, engine_streams: Callable[[], Sequence[int]]) -> Copier:
+    """Streams where a GPU's kernels do the copying, threads elsewhere."""
     if isinstance(backend, GpuBackend):
         return StreamCopier(backend, engine_streams)
-    if device.type != "cpu":
-        raise ValueError(
-            f"lmc has no kernels for {device}, and those of {backend.name} run in threads, which "
-            "cannot keep the order of its streams; the log says why"
-        )
-    return ThreadCopier(backend)
+    return ThreadCopier(backend, partial(engine_work, engine_streams))
+
+
+def engine_work(
+    engine_streams: Callable[[], Sequence[int]], transfers: Sequence[Transfer]
+) -> Callable[[], None]:
+    """For copies by torch's ops in a thread: marks what the streams hold now, where the pools are
+    on a GPU; what is returned blocks its caller until that is over.
+    """
+    devices = {transfer.pool.device for transfer in transfers}
+    places = [
+        torch.cuda.ExternalStream(stream, device)  # type: ignore[no-untyped-call]
+        for device in devices
+        if device.type == "cuda"
+        for stream in engine_streams()
+    ]
+    marks = [place.record_event() for place in places]
+
+    def wait() -> None:
+        for mark in marks:
+            mark.synchronize()
+
+    return wait

@@ -17,6 +17,7 @@ from lmc.kernels import GATHER, SCATTER, Compiled, Vendor, listed, load
 from lmc.kernels.driver import DriverError, mapped_library
 from lmc.tiers.arena import Arena
 from lmc.transfer import pinning
+from lmc.transfer.copier import ThreadCopier
 from lmc.transfer.gpu import GpuBackend, Pins
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.pinning import Pinner
@@ -527,14 +528,11 @@ def test_a_wait_that_the_driver_refuses_makes_its_job_one_that_failed(
     copier.close()
 
 
-def test_a_gpu_without_kernels_of_its_own_has_no_copier(fake: Fake) -> None:
-    with pytest.raises(
-        ValueError, match="no kernels for cuda:1, and those of torch run in threads"
-    ):
-        copier_of(TorchBackend(), torch.device("cuda", 1), list)
-    copier = copier_of(fake.backend(), torch.device("cuda", 1), list)
-    assert isinstance(copier, StreamCopier)
-    copier.close()
+def test_kernels_run_in_streams_and_torchs_ops_in_threads(fake: Fake) -> None:
+    for backend, kind in ((fake.backend(), StreamCopier), (TorchBackend(), ThreadCopier)):
+        copier = copier_of(backend, list)
+        assert type(copier) is kind
+        copier.close()
 
 
 @pytest.mark.parametrize("call", ["fail_copy", "fail_launch"])

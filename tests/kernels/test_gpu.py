@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lmc.kernels import compile_pages
 from lmc.kernels.proof import How
 from lmc.transfer.gpu import GpuBackend
+from lmc.transfer.ops import Backend
 from lmc.transfer.pages import PagedPool, Piece, Transfer
 from lmc.transfer.reference import TorchBackend
-from lmc.transfer.streams import StreamCopier
+from lmc.transfer.streams import copier_of
 
 from .cases import CASES, Case
 from .test_driver import WAYS, Pinned
@@ -32,9 +34,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture
-def backend(device: torch.device) -> Iterator[GpuBackend]:
-    backend = GpuBackend.of(device)
+@pytest.fixture(params=["image", "triton"])
+def backend(device: torch.device, request: pytest.FixtureRequest) -> Iterator[GpuBackend]:
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed here")
+        backend = GpuBackend.of(device, compile_pages)
+    else:
+        backend = GpuBackend.of(device)
     yield backend
     backend.close()
 
@@ -61,6 +67,13 @@ def test_every_case_moves_its_bytes(
         proves(arch_of(device), How.GPU)
 
 
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if isinstance(case, Case)])
+def test_torch_moves_its_bytes(device: torch.device, case: str) -> None:
+    found = CASES[case]
+    assert isinstance(found, Case)
+    assert all(map(torch.equal, found(TorchBackend(), device), found(TorchBackend())))
+
+
 def pool_on(device: torch.device, page_bytes: int, pages: int) -> PagedPool:
     return PagedPool([torch.zeros(pages, page_bytes, dtype=torch.uint8, device=device)])
 
@@ -68,9 +81,17 @@ def pool_on(device: torch.device, page_bytes: int, pages: int) -> PagedPool:
 def test_stores_and_loads_keep_their_place_among_the_models_steps(
     backend: GpuBackend, device: torch.device
 ) -> None:
+    keep_their_place(backend, device)
+
+
+def test_stores_and_loads_of_torch_keep_their_place(device: torch.device) -> None:
+    keep_their_place(TorchBackend(), device)
+
+
+def keep_their_place(backend: Backend, device: torch.device) -> None:
     pool, chunk = pool_on(device, 4096, 4096), torch.zeros(16 * MIB, dtype=torch.uint8)
     stream = torch.cuda.Stream(device)
-    copier = StreamCopier(backend, lambda: [stream.cuda_stream])
+    copier = copier_of(backend, lambda: [stream.cuda_stream])
     copier.pin(lambda _: [(chunk.data_ptr(), chunk.numel())])
     transfer = Transfer(pool, torch.randperm(4096), [Piece(chunk.data_ptr(), 4096, 0, 4096)])
     for value in range(1, 20):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from itertools import chain, pairwise
 
@@ -14,6 +15,7 @@ from lmc.transfer.native import CpuBackend
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import PagedPool, Transfer
 from lmc.transfer.reference import TorchBackend
+from lmc.transfer.streams import copier_of
 
 from .conftest import Chunk, random_pool
 
@@ -270,3 +272,42 @@ def test_the_gil_is_free_while_a_native_copy_runs() -> None:
     )
     copier.close()
     assert free
+
+
+def test_each_job_waits_for_what_the_engine_did_before_it() -> None:
+    """Marked by the owner when the job is made, waited for by the worker before a byte moves."""
+    pool, chunk, owner = pool_of_layers(), Chunk(pool_of_layers(), 4), threading.get_ident()
+    over, marked, waited = threading.Event(), [], []
+
+    def engine_work(transfers: Sequence[Transfer]) -> Callable[[], None]:
+        marked.append((threading.get_ident(), len(transfers)))
+
+        def wait() -> None:
+            assert over.wait(30)
+            waited.append(threading.get_ident())
+
+        return wait
+
+    gate = Gate()
+    gate.open.set()
+    copier = ThreadCopier(gate, engine_work)
+    transfer = transfer_of(pool, torch.arange(4), chunk)
+    jobs = [copier.store([transfer]), copier.load([transfer]), copier.load([transfer], layers=True)]
+    assert marked == [(owner, 1)] * 3
+    assert not gate.entered.wait(0.05)
+    assert not any(job.done() for job in jobs)
+    over.set()
+    assert all(job.wait(30) for job in jobs)
+    assert [job.error for job in jobs] == [None] * 3
+    assert len(waited) == 3
+    assert owner not in waited
+    copier.close()
+
+
+def test_a_pool_on_the_host_has_no_streams() -> None:
+    pool = pool_of_layers()
+    copier = copier_of(TorchBackend(), lambda: pytest.fail("asked for streams"))
+    job = copier.store([transfer_of(pool, torch.arange(4), Chunk(pool, 4))])
+    assert job.wait(30)
+    assert job.error is None
+    copier.close()
