@@ -425,9 +425,9 @@ class SlowStores:
         gates: dict[int, threading.Event] = {}
         store, run, fence = copier.store, copier._store, copier.fence
 
-        def slowly(transfers: Any) -> None:
+        def slowly(transfers: Any, engine_over: Any) -> None:
             assert gates[id(transfers)].wait(60), "a store nobody waited for"
-            run(transfers)
+            run(transfers, engine_over)
 
         def begin(transfers: Any, **how: bool) -> Any:
             transfers, gate = tuple(transfers), threading.Event()
