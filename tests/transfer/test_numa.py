@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lmc.transfer.numa import node_of, prefer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MPOL_F_ADDR, GET_MEMPOLICY = 2, {"x86_64": 239, "aarch64": 236}
 MBIND = {"x86_64": 237, "aarch64": 235}
