@@ -14,8 +14,6 @@ __all__ = ["Compiled", "compile_pages"]
 
 _TYPES = {8: "*i64", 4: "i32"}
 """By the bytes of a field of PagesArgs: its type to Triton. Those of 8 are tables."""
-
-
 _ASSEMBLY = {Vendor.CUDA: "ptx", Vendor.HIP: "amdgcn"}
 
 

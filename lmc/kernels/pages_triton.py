@@ -120,65 +120,21 @@ def _move(
 
 @triton.jit
 def lmc_gather(
-    planes,
-    before,
-    pieces,
-    starts,
-    page_ids,
-    first_plane,
-    end_plane,
-    num_pieces,
-    max_pages,
-    slices,
-    slice_bytes,
-    crew_bits,
-    grid,
-):
+    planes, before, pieces, starts, page_ids, first_plane, end_plane, num_pieces, max_pages,
+    slices, slice_bytes, crew_bits, grid
+):  # fmt: skip
     _move(
-        planes,
-        before,
-        pieces,
-        starts,
-        page_ids,
-        first_plane,
-        end_plane,
-        num_pieces,
-        max_pages,
-        slices,
-        slice_bytes,
-        grid,
-        True,
-    )
+        planes, before, pieces, starts, page_ids, first_plane, end_plane, num_pieces, max_pages,
+        slices, slice_bytes, grid, True
+    )  # fmt: skip
 
 
 @triton.jit
 def lmc_scatter(
-    planes,
-    before,
-    pieces,
-    starts,
-    page_ids,
-    first_plane,
-    end_plane,
-    num_pieces,
-    max_pages,
-    slices,
-    slice_bytes,
-    crew_bits,
-    grid,
-):
+    planes, before, pieces, starts, page_ids, first_plane, end_plane, num_pieces, max_pages,
+    slices, slice_bytes, crew_bits, grid
+):  # fmt: skip
     _move(
-        planes,
-        before,
-        pieces,
-        starts,
-        page_ids,
-        first_plane,
-        end_plane,
-        num_pieces,
-        max_pages,
-        slices,
-        slice_bytes,
-        grid,
-        False,
-    )
+        planes, before, pieces, starts, page_ids, first_plane, end_plane, num_pieces, max_pages,
+        slices, slice_bytes, grid, False
+    )  # fmt: skip

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
-__all__ = ["WAYS", "Policy"]
+from lmc.config import GPU_COPIES
 
-WAYS = ("auto", "reach", "batch", "stage")
+__all__ = ["Policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,12 @@ class Policy:
     """Such memory, for each direction."""
 
     def forced(self, way: str, grid: int | None = None) -> Self:
-        """With one of WAYS for all pinned memory, `auto` the vendor's own choice, and that many
-        blocks. Raises ValueError for a way that this vendor's GPUs are not trusted with.
+        """With one of GPU_COPIES for all pinned memory, `auto` the vendor's own choice, and that
+        many blocks. Raises ValueError for a way that this vendor's GPUs are not trusted with.
         """
-        if way not in WAYS:
-            raise ValueError(f"unknown way to copy {way!r}, choose from {', '.join(WAYS)}")
+        if way not in GPU_COPIES:
+            known = ", ".join(GPU_COPIES)
+            raise ValueError(f"unknown way to copy {way!r}, choose from {known}")
         if way == "batch" and self.batch_from is None:
             raise ValueError(
                 "way to copy 'batch': lmc does not build on this vendor's, choose reach or stage"

@@ -13,7 +13,7 @@ import ctypes
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import NamedTuple, Self
 
 import torch
@@ -221,7 +221,7 @@ class GpuBackend:
         if pinned and (limit is None or total < limit):
             yield _Batch(pinned[0].planes, list(pinned), None)
             pinned = []
-        yield from self._staged(transfer.pool, sorted([*pinned, *others], key=attrgetter("start")))
+        yield from self._staged(transfer.pool, [*pinned, *others])
 
     def _staged(self, pool: PagedPool, runs: Iterable[Run]) -> Iterator[_Batch]:
         """As many runs at a time as fit the staging buffer."""

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
 
 from tests.integrations.harness import LAYERS, Harness, Request
 
@@ -145,15 +144,7 @@ class GpuHarness(Harness):
         if match.device_prefix_len:
             path = self.cache.path_device_indices(match.last_device_node)
         if match.host_hit_length:
-            req.last_node = match.last_device_node
-            self.cache.init_load_back(
-                InitLoadBackParams(
-                    best_match_node=match.best_match_node,
-                    host_hit_length=match.host_hit_length,
-                    req=req,
-                )
-            )
-            index = self.cache.ready_to_load_host_cache()
+            index = self.load_back(req, match)
             loaded = self.cache.linker.private_load_indices[req.rid]
         return req, path[: match.device_prefix_len], loaded, index
 

@@ -187,6 +187,13 @@ class Harness:
 
     def load(self, req: Request, match: object) -> torch.Tensor:
         """Load what was promised; the slots, with the right bytes in them."""
+        self.linker.layer_done_counter.set_consumer(self.load_back(req, match))
+        slots = self.cache.linker.private_load_indices[req.rid]
+        assert self.cache.linker.finish_loads() == []
+        return slots
+
+    def load_back(self, req: Request, match: object) -> int:
+        """Ask for what was promised; the number of the load."""
         req.last_node = match.last_device_node
         self.cache.init_load_back(
             InitLoadBackParams(
@@ -195,11 +202,7 @@ class Harness:
                 req=req,
             )
         )
-        index = self.cache.ready_to_load_host_cache()
-        self.linker.layer_done_counter.set_consumer(index)
-        slots = self.cache.linker.private_load_indices[req.rid]
-        assert self.cache.linker.finish_loads() == []
-        return slots
+        return self.cache.ready_to_load_host_cache()
 
     def insert(self, ids: array, slots: torch.Tensor, prev: int = 0, **key: object) -> None:
         ids = self.whole(ids)

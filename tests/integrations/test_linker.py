@@ -421,15 +421,7 @@ def test_a_copy_that_fails_fails_nobody(harness, monkeypatch):
         patch.setattr(backend, "scatter", broken)
         req = h.arrive(tokens(1, 1000))
         match = h.match(req)
-        req.last_node = match.last_device_node
-        h.cache.init_load_back(
-            InitLoadBackParams(
-                best_match_node=match.best_match_node,
-                host_hit_length=match.host_hit_length,
-                req=req,
-            )
-        )
-        h.cache.ready_to_load_host_cache()
+        h.load_back(req, match)
         assert h.cache.linker.finish_loads() == [req.rid]
     assert_nothing_held(h)
 
