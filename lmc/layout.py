@@ -33,16 +33,20 @@ class KVLayout:
     """Layout of the chunks of one rank.
 
     `plane_bytes[i]` is the size of one page in plane i; a plane is one (layer, K or V) array of the
-    engine's pool.
+    engine's pool. A prefix ends at a step: `step_tokens` where not at every page, then of at least
+    16 tokens.
     """
 
     page_tokens: int
     chunk_tokens: int
     plane_bytes: tuple[int, ...]
+    step_tokens: int = 0
     page_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         page, chunk = self.page_tokens, self.chunk_tokens
+        if not self.step_tokens:
+            object.__setattr__(self, "step_tokens", max(page, MIN_STEP_TOKENS))
         if page < 1 or not self.plane_bytes or min(self.plane_bytes) < 1:
             raise ValueError(
                 f"not a KV layout: {page} tokens a page, planes of {self.plane_bytes} bytes"
@@ -68,10 +72,6 @@ class KVLayout:
                 f"for pages of {page} tokens"
             )
         object.__setattr__(self, "page_bytes", sum(self.plane_bytes))
-
-    @property
-    def step_tokens(self) -> int:
-        return max(self.page_tokens, MIN_STEP_TOKENS)
 
     @property
     def step_pages(self) -> int:
@@ -100,11 +100,14 @@ class KVLayout:
 
     def describe(self) -> dict[str, str]:
         """What of this layout belongs into the namespace."""
-        return {
+        described = {
             "page_tokens": str(self.page_tokens),
             "chunk_tokens": str(self.chunk_tokens),
             "plane_bytes": _run_lengths(self.plane_bytes),
         }
+        if self.step_tokens != max(self.page_tokens, MIN_STEP_TOKENS):
+            described["step_tokens"] = str(self.step_tokens)
+        return described
 
 
 def _run_lengths(sizes: Sequence[int]) -> str:

@@ -158,6 +158,18 @@ class TieredStore:
         self._tickets.append(ticket)
         return ticket
 
+    def stage_any(self, keys: Sequence[Key]) -> Ticket:
+        """Bring up the first of `keys`, each a chunk of one step for itself, that is to be had.
+        Never waits.
+        """
+        here = next((i for i, key in enumerate(keys) if key in self.ram), len(keys))
+        self.ram.touch(self.ram.find(keys[here : here + 1]))
+        ticket = Ticket(self, list(keys[:here]), next(self._arrivals))
+        if ticket.keys:
+            self._plan_any(ticket, 0, None)
+        self._tickets.append(ticket)
+        return ticket
+
     def lookup(self, keys: Sequence[Key], start: int = 0) -> int:
         """Leading steps of `keys` that can be loaded right now."""
         return sum(span.steps for span in self.ram.find(keys, start))
@@ -311,10 +323,7 @@ class TieredStore:
         it.
         """
         if tier == len(self._guards):
-            if ticket._targets:
-                insort(self._queue, ticket, key=lambda queued: queued.serial)
-                self._pump()
-            return None
+            return self._enqueue(ticket)
         guard = self._guards[tier]
         if not self._reaches(guard):
             return self._plan(ticket, tier + 1, have)
@@ -341,6 +350,42 @@ class TieredStore:
         if not ticket._planning:
             self._plan(ticket, tier + 1, have)
         return None
+
+    def _plan_any(self, ticket: Ticket, tier: int, best: _Target | None) -> None:
+        """Ask tier number `tier` for the first of the keys, then the tiers below it for one before
+        that.
+        """
+        if tier == len(self._guards) or not ticket.keys:
+            if best is not None:
+                ticket._targets.append(best)
+            return self._enqueue(ticket)
+        guard = self._guards[tier]
+        if not self._reaches(guard):
+            return self._plan_any(ticket, tier + 1, best)
+        keys, namespace = ticket.keys, self.namespace
+
+        def planned(at: int | None) -> None:
+            ticket._planning = False
+            if ticket.closed or namespace is not self.namespace:
+                return
+            found = best
+            if at is not None and at < len(keys):
+                ticket.keys, found = keys[:at], _Target(keys[at], 1, None, guard)
+            self._plan_any(ticket, tier + 1, found)
+
+        def work(t: Tier) -> int:
+            names = ((i, namespace.fold(key)) for i, key in enumerate(keys))
+            return next((i for i, name in names if t.probe([name])), len(keys))
+
+        ticket._planning = guard.read(work, planned)
+        if not ticket._planning:
+            self._plan_any(ticket, tier + 1, best)
+        return None
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        if ticket._targets:
+            insort(self._queue, ticket, key=lambda queued: queued.serial)
+            self._pump()
 
     def _pump(self) -> None:
         """Start fetching, in order of arrival, while staging holds no more than its half of RAM.

@@ -66,7 +66,7 @@ SIGNATURES = {
 COUNTER_NAMES = frozenset({"num_layers", "consumer_index", "set_consumer", "wait_until"})
 """What SGLang's pools, runners and workers use of a linker's counter of layers."""
 
-TREE_METHODS = ("collect_path_info", "get_hash_values")
+TREE_METHODS = ("collect_path_info", "get_hash_values", "get_component_device_value")
 WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEIGHTS))
 
 Declare = Callable[..., None]
@@ -169,6 +169,53 @@ def engine_streams(device: torch.device, forward_stream: Any) -> list[int]:
     if forward_stream is None or forward_stream.cuda_stream == current:
         return [current]
     return [current, forward_stream.cuda_stream]
+
+
+def digests_between(cache: Any, ancestors: Any, low: int, high: int) -> list[str]:
+    """Digests of the absolute pages `low` to `high`, which lie in `ancestors` (root first); fewer
+    where a node has none.
+    """
+    digests: list[str] = []
+    for info in reversed(ancestors):
+        if info.path_end // cache.page_size <= low or high <= low:
+            break
+        digests = [*cache.tree_core.get_hash_values(info.node_id), *digests]
+    return digests[len(digests) - (high - low) :] if high > low else []
+
+
+def window_slots_between(
+    cache: Any, ancestors: Any, low: int, high: int
+) -> list[torch.Tensor] | None:
+    """Slots of the sliding window's pool for the absolute pages `low` to `high`, which lie in
+    `ancestors`; None where some of them are gone.
+    """
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+    page = cache.page_size
+    slots: list[torch.Tensor] = []
+    for info in reversed(ancestors):
+        if info.path_end // page <= low or high <= low:
+            break
+        value = cache.tree_core.get_component_device_value(info.node_id, ComponentType.SWA)
+        if value is None or len(value) != info.path_end - info.path_start:
+            return None
+        slots.insert(0, value[max(0, low * page - info.path_start) :])
+    return slots
+
+
+def hold(cache: Any, ancestors: Any, low: int) -> Callable[[], None]:
+    """Keep what `ancestors` hold of the pages from `low` on; call the result, once, to let go."""
+    held = [
+        (info.node_id, cache.inc_lock_ref(info.node_id).to_dec_params())
+        for info in ancestors
+        if info.path_end // cache.page_size > low
+    ]
+
+    def let_go() -> None:
+        while held:
+            cache.dec_lock_ref(*held.pop())
+
+    return let_go
 
 
 def listen(listener: Listener) -> None:

@@ -50,3 +50,25 @@ class LayerCounter:
         job = self._jobs.get(self.consumer_index)
         if job is not None:
             job.let_wait(layer)
+
+    @property
+    def events(self) -> _Events:
+        """For a draft model fused with another: `events[index].wait(layer)`."""
+        return _Events(self._jobs)
+
+
+class _Events:
+    def __init__(self, jobs: dict[int, Job]) -> None:
+        self._jobs = jobs
+
+    def __getitem__(self, index: int) -> _Event:
+        return _Event(self._jobs.get(index))
+
+
+class _Event:
+    def __init__(self, job: Job | None) -> None:
+        self._job = job
+
+    def wait(self, layer: int) -> None:
+        if self._job is not None:
+            self._job.let_wait(layer)

@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -33,66 +32,65 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from lmc.config import Config
-from lmc.keys import Key
-from lmc.layout import KVLayout
+from lmc.stats import Stats
 from lmc.store import Ticket, TieredStore
 from lmc.tiers import open_tiers
-from lmc.tiers.ram import Chunk, ReadLease, Span, WriteLease
-from lmc.transfer import Job, Piece, Transfer, copier_of, resolve
+from lmc.transfer import Job, Transfer, copier_of, resolve
 
 from . import compat, pools
 from .identity import Ranks, namespace_of
+from .lanes import Lane, Move, layout_of, shares_of
 from .layers import LayerCounter
+from .pools import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lmc.tiers.ram import ReadLease, WriteLease
 
 log = logging.getLogger("lmc")
 
 CLOSE_DRAIN_S = 60.0
-
-
-_decode: Callable[[str], Key] = bytes.fromhex  # type: ignore[assignment]
-
-
-class StepKeys(Sequence[Key]):
-    """SGLang's hex digests of consecutive pages as keys of steps: every `stride`-th, decoded when
-    looked at.
-    """
-
-    def __init__(self, digests: Sequence[str], first: int = 0, stride: int = 1) -> None:
-        self._digests, self._at = digests, range(first, len(digests), stride)
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    @overload
-    def __getitem__(self, i: int) -> Key: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Key]: ...
-    def __getitem__(self, i: int | slice) -> Key | Sequence[Key]:
-        if isinstance(i, slice):
-            at = self._at[i]
-            chosen = self._digests[at.start : at.stop : at.step]
-            return list(map(_decode, chosen))
-        return _decode(self._digests[self._at[i]])
+MAX_ENDS = 32
+"""Ends of states among which ranks look for a common one."""
 
 
 @dataclass(slots=True)
 class _Arrival:
     """A request that may still be looked up."""
 
-    ticket: Ticket
+    digests: Sequence[str]
+    tickets: list[Ticket]  # of full attention, then of what else a prefix needs
     waited: bool = False
+
+    def close(self) -> None:
+        for ticket in self.tickets:
+            ticket.close()
+
+
+@dataclass(slots=True)
+class _Promise:
+    """What was answered in this pass and not asked for yet: all of it is pinned."""
+
+    first_page: int
+    lease: ReadLease  # of full attention
+    others: list[ReadLease]
+
+    def release(self) -> None:
+        for lease in (self.lease, *self.others):
+            lease.release()
 
 
 @dataclass(slots=True)
 class _Load:
-    """Pages of one request on their way to the device: promised (pinned), then queued, then
-    moving.
-    """
+    """Pages of one request on their way to the device: queued, then moving."""
 
-    lease: ReadLease
-    first_page: int
-    page_ids: torch.Tensor | None = None
-    pieces: list[Piece] = field(default_factory=list)
+    leases: list[ReadLease]
+    moves: list[Move]
+
+    def release(self) -> None:
+        for lease in self.leases:
+            lease.release()
 
 
 @dataclass(slots=True)
@@ -101,7 +99,8 @@ class _Offload:
 
     kept: bool
     job: Job | None = None
-    lease: WriteLease | None = None
+    leases: list[WriteLease] = field(default_factory=list)
+    unlock: Callable[[], None] = lambda: None
 
 
 class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
@@ -128,34 +127,59 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         config = Config.from_env()
         config.refuse_unknown()
         ranks = Ranks.of(server_args, params)
-        pool = pools.describe(params, components)
+        described = pools.describe(params, components)
         self.forward_stream = forward_stream
-        self.pools = {PoolName.KV: params.token_to_kv_pool_allocator.get_kvcache()}
-        self.layer_done_counter = LayerCounter(pool.num_layers)
-        self._layout = KVLayout(params.page_size, config.chunk_tokens, pool.pages.page_bytes)
+        self.pools = dict.fromkeys(map(PoolName, (pool.name for pool in described)))
+        self.pools[PoolName.KV] = params.token_to_kv_pool_allocator.get_kvcache()
+        self.layer_done_counter = LayerCounter(max(pool.num_layers for pool in described))
+        if any(pool.kind is Kind.STATE for pool in described):
+            params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
         self._ranks = ranks
+        self._page_tokens = params.page_size
+        self._is_eagle = bool(params.is_eagle)
         self._stage_wait_s = config.stage_wait_s
-        self._pages = pool.pages
-        device = pool.pages.device
+        device = described[0].pages.device
         self._copier = copier_of(
             resolve(config.kernels, device, copy=config.gpu_copy, blocks=config.gpu_blocks),
             lambda: compat.engine_streams(device, self.forward_stream),
         )
-        tiers = open_tiers(config)
-        self._store = TieredStore(
-            self._layout,
-            namespace_of(server_args, config, pool, self._layout, ranks),
-            config.ram_bytes_of_rank(ranks.on_this_machine),
-            tiers,
-            io_threads=config.io_threads,
-            write_queue_bytes=config.write_queue_bytes,
-        )
-        self._copier.pin(self._store.arena.slices)
+        self.stats = Stats()
+        # without buffers of its own a state may end a prefix at any page
+        any_page = not params.enable_mamba_extra_buffer and len(described) > 1
+        any_page = any_page and any(pool.kind is Kind.STATE for pool in described)
+        layouts = [
+            layout_of(pool, params.page_size, config.chunk_tokens, any_page=any_page)
+            for pool in described
+        ]
+        ram_bytes = config.ram_bytes_of_rank(ranks.on_this_machine)
+        self.lanes = [
+            Lane(
+                pool,
+                layout,
+                TieredStore(
+                    layout,
+                    namespace_of(server_args, config, pool, layout, ranks),
+                    int(ram_bytes * share),
+                    open_tiers(config),
+                    stats=self.stats,
+                    io_threads=max(1, config.io_threads // len(layouts)),
+                    write_queue_bytes=config.write_queue_bytes // len(layouts),
+                ),
+                layouts[0].step_pages,
+            )
+            for pool, layout, share in zip(
+                described, layouts, shares_of(layouts, described), strict=True
+            )
+        ]
+        self._by_name = {PoolName(lane.pool.name): lane for lane in self.lanes}
+        for lane in self.lanes:
+            self._copier.pin(lane.store.arena.slices)
         self._device_pages = 0  # of the match that is under way
         self._node: tuple[Any, int] | None = None  # whose offload is under way
         self._wait_left_s = self._stage_wait_s  # of this scheduling pass
         self._arrivals: dict[str, _Arrival] = {}  # in order of arrival
-        self._promised: dict[str, _Load] = {}  # answered in this pass, not yet asked for
+        self._staging: dict[str, _Arrival] = {}  # of them: full attention is on its way
+        self._promised: dict[str, _Promise] = {}
         self._queued: dict[str, _Load] = {}
         self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
         self._landing: list[tuple[Job, list[_Load]]] = []  # SGLang has been told of them
@@ -165,7 +189,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         get_storage_hash_str(
             RadixKey([0]), None, page_size=1
         )  # builds SGLang's hash now, not in a request
-        self._store.warm()
+        for lane in self.lanes:
+            lane.store.warm()
         compat.listen(self)
 
     # --- what the hooks report
@@ -182,19 +207,26 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Start bringing up the request's prefix; its chain is in use from now on, the device's
         part of it too.
         """
-        with self._store.stats.timed("scheduler.arrival"):
+        with self.stats.timed("scheduler.arrival"):
             self._forget_arrival(req.rid)
             self._forget_old_arrivals()
-            page = self._layout.page_tokens
+            page = self._page_tokens
             tokens = req.origin_input_ids
             if req.output_ids:  # retracted: what it had generated comes back too
                 tokens = tokens + req.output_ids
-            num_tokens = (len(tokens) - 1) // page * page
+            key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+            key, _ = key.maybe_to_bigram_view(self._is_eagle)
+            num_tokens = (len(key) - 1) // page * page
             if num_tokens > 0:
-                key = RadixKey(tokens, req.extra_key, limit=num_tokens, cache_salt=req.cache_salt)
-                digests = get_storage_hash_str(key, None, page_size=page)
-                ticket = self._store.stage(self._steps(digests, 0)[1])
-                self._arrivals[req.rid] = _Arrival(ticket)
+                digests = get_storage_hash_str(key[:num_tokens], None, page_size=page)
+                full, *others = self.lanes
+                arrival = _Arrival(digests, [full.store.stage(full.steps(digests, 0)[1])])
+                self._arrivals[req.rid] = arrival
+                if others:
+                    for lane in others:
+                        lane.touch(digests)
+                    self._staging[req.rid] = arrival
+                    self._stage_others(req.rid)
 
     def request_aborted(self, rid: str) -> None:
         self._forget_arrival(rid)
@@ -202,58 +234,92 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     def weights_changed(self) -> None:
         """Nothing stored is found again; the tree's KV is not kept until it was flushed."""
-        self._store.renew()
+        for lane in self.lanes:
+            lane.store.renew()
         self._arrivals.clear()
+        self._staging.clear()
         for rid in list(self._promised):
             self._break_promise(rid)
         self._stale_tree = self._stale_tree or self._tree_used
 
     def snapshot(self) -> dict[str, float]:
-        return self._store.snapshot()
+        gauges = Counter(self.lanes[0].store.gauges())
+        for lane in self.lanes[1:]:
+            gauges.update(lane.store.gauges())
+        return self.stats.snapshot() | gauges
 
     # --- from store to device
 
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         started, waited = time.perf_counter(), 0.0
-        store, per_step = self._store, self._layout.step_pages
-        start, keys = self._steps(transfers[0].keys, self._device_pages)
-        store.poll()
+        digests, first = transfers[0].keys, self._device_pages
+        full, *others = self.lanes
+        for lane in self.lanes:
+            lane.store.poll()
         if (arrival := self._arrivals.get(rid)) is not None:
-            waited = self._wait_for(arrival)
+            waited = self._wait_for(rid, arrival)
         self._break_promise(rid)
-        lease = store.acquire(keys, start)
-        num_pages = (start + lease.steps) * per_step - self._device_pages if lease else 0
+        lease = full.acquire(digests, first, first + len(digests))
+        ends: list[int] = []
         if lease:
-            self._promised[rid] = _Load(lease, self._device_pages)
-        store.stats.spent("scheduler.lookup", time.perf_counter() - started - waited)
-        return self._lengths(num_pages)
+            per_step = full.layout.step_pages
+            ends = self._ends(digests, first, (first // per_step + lease.steps) * per_step)
+            held = [lane.acquire(digests, first, end) for end in ends for lane in others]
+            self._promised[rid] = _Promise(first, lease, held)
+        self.stats.spent("scheduler.lookup", time.perf_counter() - started - waited)
+        return [end - first for end in ends]
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
-        with self._store.stats.timed("scheduler.load"):
+        with self.stats.timed("scheduler.load"):
             self.cancel_queued_load(rid)
-            load = self._promised.pop(rid, None)
-            if load is None:
+            promise = self._promised.pop(rid, None)
+            if promise is None:
                 return False
-            page = self._layout.page_tokens
-            page_ids = transfers[0].device_indices[::page] // page
-            load.page_ids = page_ids.to("cpu", torch.int64)
-            load.pieces.extend(self._pieces(load.lease.spans, load.first_page, len(page_ids)))
+            load = self._load_of(promise, transfers)
+            if load is None:
+                log.error("lmc: SGLang asks for other pages than were promised to %s", rid)
+                return False
             self._queued[rid] = load
             self._forget_arrival(rid)
             return True
 
+    def _load_of(self, promise: _Promise, transfers: list[Any]) -> _Load | None:
+        """A promise, cut to what ranks agreed on and SGLang made room for; None where that is
+        something else.
+        """
+        first, digests = promise.first_page, transfers[0].keys
+        end = first + len(digests)
+        load = _Load([promise.lease], [])
+        for transfer in transfers:
+            lane, lease = self._by_name[transfer.name], promise.lease
+            if lane.kind is not Kind.FULL:
+                lease = lane.acquire(digests, first, end)
+                load.leases.append(lease)
+            if (move := lane.load(lease, end, transfer.device_indices)) is not None:
+                load.moves.append(move)
+        for held in promise.others:
+            held.release()
+        if len(load.moves) == len(self.lanes):
+            return load
+        load.release()
+        return None
+
     def start_layer_wise_loading(self) -> int:
         if not self._queued:
             return -1
-        with self._store.stats.timed("scheduler.start_load"):
+        with self.stats.timed("scheduler.start_load"):
             loads = list(self._queued.values())
             self._queued.clear()
-            page_ids = torch.cat([load.page_ids for load in loads if load.page_ids is not None])
-            pieces = [piece for load in loads for piece in load.pieces]
-            job = self._copier.load([Transfer(self._pages, page_ids, pieces)], layers=True)
+            transfers = []
+            for lane in self.lanes:
+                moves = [move for load in loads for move in load.moves if move.lane is lane]
+                page_ids = torch.cat([move.page_ids for move in moves])
+                pieces = [piece for move in moves for piece in move.pieces]
+                transfers.append(Transfer(lane.pool.pages, page_ids, pieces))
+            job = self._copier.load(transfers, layers=True)
             index = self.layer_done_counter.begin(job)
             self._moving[index] = (job, loads)
-            self._store.stats.add("pages.loaded", len(page_ids))
+            self.stats.add("pages.loaded", len(transfers[0].page_ids))
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -275,40 +341,51 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def cancel_queued_load(self, rid: str) -> bool:
         load = self._queued.pop(rid, None)
         if load is not None:
-            load.lease.release()
+            load.release()
         return load is not None
 
     # --- from device to store
 
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """Always accepted: what ranks count must not depend on what fits here."""
-        with self._store.stats.timed("scheduler.offload"):
+        with self.stats.timed("scheduler.offload"):
             node, self._node = self._node, None
             if self._stale_tree or node is None:
                 self._offloads.append(_Offload(kept=True))
                 return True
             cache, node_id = node
             path = cache.tree_core.collect_path_info([node_id])[0]
-            first, chunks = self._chunks(cache.tree_core, path, transfers[0].keys)
-            lease = self._store.reserve(chunks)
-            kept = len(lease) == len(chunks) or self._covered(chunks, lease)
-            if not lease:
-                self._offloads.append(_Offload(kept))
-                return True
-            slots = cache.path_device_indices(node_id)[first * self._layout.chunk_tokens :]
-            page_ids, pieces = self._sources(slots, chunks, lease)
-            job = self._copier.store([Transfer(self._pages, page_ids, pieces)])
-            self._offloads.append(_Offload(kept, job, lease))
+            offload, moves = _Offload(kept=True), []
+            for transfer in transfers:
+                lane = self._by_name[transfer.name]
+                source = self._source(lane, cache, path, transfer, offload)
+                if source is None:  # a node without digests: no names, hence nothing to keep
+                    continue
+                digests, first, slots = source
+                begin, chunks = lane.chunks(digests, first)
+                lease = lane.store.reserve(chunks)
+                if len(lease) < len(chunks) and not lane.covers(chunks, lease):
+                    offload.kept = False
+                if lease:
+                    offload.leases.append(lease)
+                    skip = (begin - first) * self._page_tokens
+                    moves.append(lane.save(slots()[skip:], chunks, lease))
+            if moves:
+                offload.job = self._copier.store(moves)
+            self._offloads.append(offload)
             return True
 
     def num_completed_offloads(self) -> int:
         """SGLang asks once a scheduler step, before it looks anything up: a new scheduling pass."""
-        with self._store.stats.timed("scheduler.step"):
+        with self.stats.timed("scheduler.step"):
             self._wait_left_s = self._stage_wait_s
             for rid in list(self._promised):
                 self._break_promise(rid)
             self._let_go()
-            self._store.poll()
+            for lane in self.lanes:
+                lane.store.poll()
+            for rid in list(self._staging):
+                self._stage_others(rid)
             done = 0
             for offload in self._offloads:
                 if offload.job is not None and not offload.job.done():
@@ -318,7 +395,9 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             return done
 
     def pop_completed_offload(self) -> bool:
-        return self._offloads.popleft().kept
+        offload = self._offloads.popleft()
+        offload.unlock()
+        return offload.kept
 
     # --- life
 
@@ -334,13 +413,15 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         for rid in list(self._arrivals):
             self._forget_arrival(rid)
         self._copier.close()
-        self._store.close(CLOSE_DRAIN_S)
+        deadline = time.monotonic() + CLOSE_DRAIN_S
+        for lane in self.lanes:
+            lane.store.close(max(0.0, deadline - time.monotonic()))
 
     # --- inside
 
     def _break_promise(self, rid: str) -> None:
-        if (load := self._promised.pop(rid, None)) is not None:
-            load.lease.release()
+        if (promise := self._promised.pop(rid, None)) is not None:
+            promise.release()
 
     def _let_go(self) -> None:
         """Chunks of loads that are over need not stay."""
@@ -348,115 +429,135 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         for job, loads in landing:
             if job.done():
                 for load in loads:
-                    load.lease.release()
+                    load.release()
             else:
                 self._landing.append((job, loads))
 
-    def _steps(self, digests: Sequence[str], first_page: int) -> tuple[int, StepKeys]:
-        """Absolute step of the first key, and keys of the steps that end in these pages."""
-        per_step = self._layout.step_pages
-        step = first_page // per_step
-        return step, StepKeys(digests, (step + 1) * per_step - 1 - first_page, per_step)
-
-    def _wait_for(self, arrival: _Arrival) -> float:
+    def _wait_for(self, rid: str, arrival: _Arrival) -> float:
         """Wait for what is on its way up, once a request and within this pass's budget; seconds it
         took.
         """
-        if arrival.waited or not arrival.ticket.moving or self._wait_left_s <= 0:
+        moving = any(ticket.moving for ticket in arrival.tickets)
+        if arrival.waited or not moving or self._wait_left_s <= 0:
             return 0.0
         arrival.waited = True
         started = time.perf_counter()
-        self._store.settle(arrival.ticket, self._wait_left_s)
+        deadline = started + self._wait_left_s
+        self.lanes[0].store.settle(arrival.tickets[0], self._wait_left_s)
+        self._stage_others(rid)
+        for lane, ticket in zip(self.lanes[1:], arrival.tickets[1:], strict=False):
+            lane.store.settle(ticket, max(0.0, deadline - time.perf_counter()))
         waited = time.perf_counter() - started
         self._wait_left_s -= waited
-        self._store.stats.spent("scheduler.waited", waited)
+        self.stats.spent("scheduler.waited", waited)
         return waited
 
-    def _lengths(self, num_pages: int) -> list[int]:
-        """Restorable lengths in pages. A single rank needs the longest only; several must find a
-        common one, for which chunk boundaries do beside the steps of the last chunk.
+    def _stage_others(self, rid: str) -> None:
+        """Full attention is here as far as it comes: bring up what such a prefix needs of the other
+        pools.
         """
-        if not num_pages:
+        arrival = self._staging.get(rid)
+        if arrival is None or arrival.tickets[0].moving:
+            return
+        del self._staging[rid]
+        full, *others = self.lanes
+        steps = full.store.lookup(full.steps(arrival.digests, 0)[1])
+        if steps:
+            end = steps * full.layout.step_pages
+            arrival.tickets += [lane.stage(arrival.digests, end) for lane in others]
+
+    def _ends(self, digests: Sequence[str], first: int, end: int) -> list[int]:
+        """Where a prefix can end, after page `first` and not after page `end`, of which full
+        attention is here. A single rank needs the last only; several must find a common one, for
+        which, beside ends of states, chunk boundaries and the steps of the last chunk do.
+        """
+        others = self.lanes[1:]
+        last = self._longest(digests, first, end)
+        if last <= first:
             return []
         if self._ranks.agreeing == 1:
-            return [num_pages]
-        begin = self._device_pages
-        chunk, step = self._layout.chunk_pages, self._layout.step_pages
-        ends = set(range(begin - begin % chunk + chunk, begin + num_pages, chunk))
-        last = (begin + num_pages - 1) // chunk * chunk
-        ends.update(range(last + step, begin + num_pages, step), [begin + num_pages])
-        return sorted(end - begin for end in ends if end > begin)
+            return [last]
+        layout = self.lanes[0].layout
+        chunk, step = layout.chunk_pages, layout.step_pages
+        if any(lane.kind is Kind.STATE for lane in others):
+            ends = [last]
+            while len(ends) < MAX_ENDS:
+                last = self._longest(digests, first, last - step)
+                if last <= first:
+                    break
+                ends.append(last)
+            return ends[::-1]
+        ends = list(range(first - first % chunk + chunk, last, chunk))
+        begin = (last - 1) // chunk * chunk
+        ends += [*range(begin + step, last, step), last]
+        return [
+            end
+            for end in sorted(set(ends))
+            if end > first and all(lane.limit(digests, first, end) == end for lane in others)
+        ]
 
-    def _pieces(self, spans: Sequence[Span], first_page: int, num_pages: int) -> Iterator[Piece]:
-        """Where in RAM the `num_pages` pages from absolute page `first_page` on lie."""
-        per_step, chunk = self._layout.step_pages, self._layout.chunk_pages
-        at, end = first_page, first_page + num_pages
-        for span in spans:
-            begin = at - at % chunk
-            stop = min(end, begin + (span.first + span.steps) * per_step)
-            yield Piece(
-                self._store.arena.address(span.slot), span.total * per_step, at - begin, stop - at
-            )
-            at = stop
-            if at == end:
-                return
+    def _longest(self, digests: Sequence[str], first: int, end: int) -> int:
+        """The last page up to `end` where what all pools need of a prefix is here."""
+        while end > first:
+            limit = min((lane.limit(digests, first, end) for lane in self.lanes[1:]), default=end)
+            if limit == end:
+                break
+            end = limit
+        return end
 
-    def _chunks(self, tree: Any, path: Any, digests: Sequence[str]) -> tuple[int, list[Chunk]]:
-        """The chunks and the tail that a node completes, and the absolute number of the first.
+    def _source(
+        self, lane: Lane, cache: Any, path: Any, transfer: Any, offload: _Offload
+    ) -> tuple[Sequence[str], int, Callable[[], torch.Tensor]] | None:
+        """The pages of a node's transfer, those before them that their first chunk needs included:
+        digests, the first page, and a call for the slots from there on.
 
-        A chunk begun in ancestor nodes is named whole; its first steps' digests are the ancestors'.
+        Ancestors' pages of full attention are on the device while SGLang holds the node. Those in a
+        window may go: they are held here until the offload is over, which SGLang counts on every
+        rank alike.
         """
-        layout = self._layout
-        first = path[-1].path_start // layout.page_tokens
-        begin = first - first % layout.chunk_pages
-        low = max(0, begin - 1)  # the page before a chunk names its parent
-        before = _digests_between(tree, path[:-1], layout.page_tokens, low, first)
-        if len(before) != first - low:  # a node without digests: no names, hence nothing to keep
-            return 0, []
-        digests = [*before, *digests]
-        parent = Key(bytes.fromhex(digests[0])) if begin else None
-        keys = self._steps(digests[begin - low :], begin)[1][:]
-        chunks: list[Chunk] = []
-        for i in range(0, len(keys), layout.chunk_steps):
-            chunks.append(Chunk(tuple(keys[i : i + layout.chunk_steps]), parent))
-            parent = chunks[-1].key
-        return begin // layout.chunk_pages, chunks
-
-    def _sources(
-        self, slots: torch.Tensor, chunks: Sequence[Chunk], lease: WriteLease
-    ) -> tuple[torch.Tensor, list[Piece]]:
-        """Pages to gather, and where in RAM they go; `slots` begin with the first chunk."""
-        layout, address = self._layout, self._store.arena.address
-        page_ids = (slots[:: layout.page_tokens] // layout.page_tokens).to("cpu", torch.int64)
-        sizes = [len(chunk.keys) * layout.step_pages for chunk in lease.chunks]
-        if len(lease) < len(chunks):
-            number = {id(chunk): n for n, chunk in enumerate(chunks)}
-            begins = [number[id(chunk)] * layout.chunk_pages for chunk in lease.chunks]
-            ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
-            page_ids = torch.cat([page_ids[b:e] for b, e in zip(begins, ends, strict=True)])
-        slots_and_sizes = zip(lease.slots, sizes, strict=True)
-        return page_ids[: sum(sizes)], [Piece(address(s), n, 0, n) for s, n in slots_and_sizes]
-
-    def _covered(self, chunks: Sequence[Chunk], lease: WriteLease) -> bool:
-        """Whether what the lease does not hold is in RAM already."""
-        taken = set(map(id, lease.chunks))
-        return all(id(chunk) in taken or chunk.key in self._store.ram for chunk in chunks)
+        page, per_chunk = self._page_tokens, lane.layout.chunk_pages
+        if lane.kind is Kind.STATE:
+            return transfer.keys, 0, lambda: transfer.device_indices
+        node = path[-1]
+        first = node.path_end // page - len(transfer.keys)
+        begin = first - first % per_chunk
+        if lane.kind is Kind.FULL:
+            low = max(0, begin - 1)  # the page before a chunk names its parent
+            before = compat.digests_between(cache, path[:-1], low, first)
+            if len(before) != first - low:
+                return None
+            return (
+                [*before, *transfer.keys],
+                low,
+                lambda: cache.path_device_indices(node.node_id)[low * page :],
+            )
+        if first * page == node.path_start:
+            before = compat.digests_between(cache, path[:-1], begin, first)
+            slots = compat.window_slots_between(cache, path[:-1], begin, first)
+            if slots is not None and len(before) == first - begin:
+                if begin < first:
+                    offload.unlock = compat.hold(cache, path[:-1], begin)
+                every = torch.cat([*slots, transfer.device_indices])
+                return [*before, *transfer.keys], begin, lambda: every
+        return transfer.keys, first, lambda: transfer.device_indices
 
     def _settle(self, offload: _Offload) -> None:
         """The copy of an offload is over: show it, or forget it."""
-        if offload.lease is None or offload.job is None:
+        if offload.job is None:
             return
-        lease, error = offload.lease, offload.job.error
-        offload.lease = offload.job = None
+        leases, error = offload.leases, offload.job.error
+        offload.leases, offload.job = [], None
         if error is None and not self._stale_tree:
-            with self._store.stats.timed("scheduler.commit"):
-                lease.commit()
+            with self.stats.timed("scheduler.commit"):
+                for lease in leases:
+                    lease.commit()
         else:
             if error is not None:
                 log.error("lmc could not store KV: %s", error)
-            lease.abort()
+            for lease in leases:
+                lease.abort()
             offload.kept = offload.kept and error is None
-            self._store.stats.add("offload.lost")
+            self.stats.add("offload.lost")
 
     def _quiesce(self) -> None:
         """Wait for every copy that touches device pages and give back all that was held for
@@ -467,35 +568,27 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         for job, _ in self._landing:
             job.wait()
         self._let_go()
-        for held in (self._promised, self._queued):
-            for load in held.values():
-                load.lease.release()
-            held.clear()
+        for rid in list(self._promised):
+            self._break_promise(rid)
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
         for offload in self._offloads:
             if offload.job is not None:
                 offload.job.wait()
             self._settle(offload)
+            offload.unlock()
         self._offloads.clear()
 
     def _forget_arrival(self, rid: str) -> None:
+        self._staging.pop(rid, None)
         if (arrival := self._arrivals.pop(rid, None)) is not None:
-            arrival.ticket.close()
+            arrival.close()
 
     def _forget_old_arrivals(self) -> None:
         """SGLang does not say when a request needs no lookup any more; the store lets its chunks go
         in time.
         """
         while self._arrivals and (rid := next(iter(self._arrivals))):
-            if not self._arrivals[rid].ticket.closed:
+            if not all(ticket.closed for ticket in self._arrivals[rid].tickets):
                 return
-            del self._arrivals[rid]
-
-
-def _digests_between(tree: Any, ancestors: Any, page_tokens: int, low: int, high: int) -> list[str]:
-    """Digests of the absolute pages `low` to `high`, which lie in `ancestors` (root first)."""
-    digests: list[str] = []
-    for info in reversed(ancestors):
-        if info.path_end // page_tokens <= low or high <= low:
-            break
-        digests = [*tree.get_hash_values(info.node_id), *digests]
-    return digests[len(digests) - (high - low) :] if high > low else []
+            self._forget_arrival(rid)

@@ -18,7 +18,7 @@ from typing import Protocol
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
 
-__all__ = ["Copier", "Job", "ThreadCopier", "ThreadJob"]
+__all__ = ["Copier", "Job", "ThreadCopier", "ThreadJob", "num_layers"]
 
 
 class Job(Protocol):
@@ -36,7 +36,8 @@ class Job(Protocol):
 
     def let_wait(self, layer: int | None = None) -> None:
         """Let the engine wait: what it does from now on comes after this job, or after one layer of
-        a load by layers; at once where that has failed. Never raises `error`.
+        a load by layers (a layer that it does not have is after all of them); at once where that
+        has failed. Never raises `error`.
         """
 
 
@@ -56,8 +57,8 @@ class Copier(Protocol):
         """
 
     def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> Job:
-        """Scatter chunks into pages, all planes of a pool in one call; with `layers`, layer by
-        layer (of one pool), each of which may be waited for.
+        """Scatter chunks into pages, all planes of a pool in one call; with `layers`, the planes of
+        a layer in all pools before those of the next, each of which may be waited for.
         """
 
     def fence(self, jobs: Sequence[Job]) -> None:
@@ -95,7 +96,7 @@ class ThreadJob:
 
     def let_wait(self, layer: int | None = None) -> None:
         """Wait: this thread is where the engine goes on."""
-        if layer is None:
+        if layer is None or layer >= len(self._layers):
             self.wait()
         elif not self._layers[layer].done():
             wait_for([self._layers[layer], self._future], return_when=FIRST_COMPLETED)
@@ -146,9 +147,9 @@ class ThreadCopier:
         work = self._engine_work(transfers)
         if not layers:
             return ThreadJob(self._loads, partial(self._load, tuple(transfers), work))
-        (transfer,) = transfers
-        landed: list[Future[None]] = [Future() for _ in range(transfer.pool.num_layers)]
-        return ThreadJob(self._loads, partial(self._load_layers, transfer, work, landed), landed)
+        landed: list[Future[None]] = [Future() for _ in range(num_layers(transfers))]
+        task = partial(self._load_layers, tuple(transfers), work, landed)
+        return ThreadJob(self._loads, task, landed)
 
     def close(self) -> None:
         """Cancel what is queued and wait for what runs."""
@@ -166,9 +167,19 @@ class ThreadCopier:
             self._backend.scatter(transfer, range(len(transfer.pool.planes)))
 
     def _load_layers(
-        self, transfer: Transfer, engine_over: Callable[[], None], landed: Sequence[Future[None]]
+        self,
+        transfers: tuple[Transfer, ...],
+        engine_over: Callable[[], None],
+        landed: Sequence[Future[None]],
     ) -> None:
         engine_over()  # as above
         for layer, there in enumerate(landed):
-            self._backend.scatter(transfer, transfer.pool.layer_planes(layer))
+            for transfer in transfers:
+                if planes := transfer.pool.layer_planes(layer):
+                    self._backend.scatter(transfer, planes)
             there.set_result(None)
+
+
+def num_layers(transfers: Sequence[Transfer]) -> int:
+    """Layers of a load by layers."""
+    return max((transfer.pool.num_layers for transfer in transfers), default=0)

@@ -1,7 +1,7 @@
 """Descriptors of the two sides of a transfer: the engine's paged pool and pieces of chunks.
 
-Pages are opaque runs of bytes, so one descriptor covers every KV layout. A pool is planes in layer
-order (plane = layer * planes_per_layer + i), each with the same number of pages. A chunk is
+Pages are opaque runs of bytes, so one descriptor covers every KV layout. A pool is planes in the
+order of the engine's layers, each with the same number of pages. A chunk is
 
     address -> [plane 0: chunk_pages x page_bytes[0]] [plane 1: chunk_pages x page_bytes[1]] ...
 
@@ -10,6 +10,7 @@ rows are what device code reads.
 """
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -44,17 +45,19 @@ def page_view(tensor: torch.Tensor, page_tokens: int = 1) -> torch.Tensor:
 class PagedPool:
     """The engine's paged KV memory as uint8 planes [num_pages, page_bytes], any page stride."""
 
-    def __init__(self, planes: Sequence[torch.Tensor], planes_per_layer: int = 1) -> None:
+    def __init__(self, planes: Sequence[torch.Tensor], layers: Sequence[int] = ()) -> None:
+        """`layers[i]` is the engine's layer that reads plane i, ascending; left out, each plane is
+        a layer of its own.
+        """
         if not planes:
             raise ValueError("a pool needs at least one plane")
-        if planes_per_layer < 1 or len(planes) % planes_per_layer:
-            raise ValueError(
-                f"{len(planes)} planes are not whole layers of planes_per_layer={planes_per_layer}"
-            )
+        layers = tuple(layers) or tuple(range(len(planes)))
+        if len(layers) != len(planes) or layers[0] < 0 or list(layers) != sorted(layers):
+            raise ValueError(f"layers of {len(planes)} planes must ascend from 0 on: {layers}")
         for index, plane in enumerate(planes):
             _check_plane(index, plane, planes[0])
         self.planes = tuple(planes)
-        self.planes_per_layer = planes_per_layer
+        self.layers = layers
         self.num_pages = planes[0].shape[0]
         self.page_bytes = tuple(plane.shape[1] for plane in planes)
         self.device = planes[0].device
@@ -65,18 +68,19 @@ class PagedPool:
 
     @classmethod
     def from_slots(
-        cls, tensors: Sequence[torch.Tensor], page_tokens: int, planes_per_layer: int = 1
+        cls, tensors: Sequence[torch.Tensor], page_tokens: int, layers: Sequence[int] = ()
     ) -> Self:
         """A pool over `[slots, ...]` tensors; `page_tokens` consecutive slots are a page."""
-        return cls([page_view(tensor, page_tokens) for tensor in tensors], planes_per_layer)
+        return cls([page_view(tensor, page_tokens) for tensor in tensors], layers)
 
     @property
     def num_layers(self) -> int:
-        return len(self.planes) // self.planes_per_layer
+        """Layers of the engine up to the last one that reads this pool."""
+        return self.layers[-1] + 1
 
     def layer_planes(self, layer: int) -> range:
-        first = layer * self.planes_per_layer
-        return range(first, first + self.planes_per_layer)
+        """The planes of a layer; none where it reads another pool."""
+        return range(bisect_left(self.layers, layer), bisect_right(self.layers, layer))
 
     def chunk_bytes(self, num_pages: int) -> int:
         """The payload size of a chunk of `num_pages` pages."""

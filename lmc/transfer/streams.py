@@ -17,7 +17,7 @@ import torch
 
 from lmc.kernels import GATHER, SCATTER
 from lmc.kernels.driver import DriverError
-from lmc.transfer.copier import Copier, Job, ThreadCopier
+from lmc.transfer.copier import Copier, Job, ThreadCopier, num_layers
 from lmc.transfer.gpu import Buffer, GpuBackend
 from lmc.transfer.ops import Backend
 from lmc.transfer.pages import Transfer
@@ -71,7 +71,7 @@ class StreamJob:
         it; at once where all is over, or it failed before that layer. A wait that the driver
         refuses makes the job one that failed.
         """
-        if layer is None:
+        if layer is None or layer >= len(self._layers):
             events = [self._end] if self._end else []
         else:
             events = self._layers[layer : layer + 1]
@@ -122,16 +122,17 @@ class StreamCopier:
             job.let_wait()
 
     def load(self, transfers: Sequence[Transfer], *, layers: bool = False) -> StreamJob:
-        """Scatter chunks into pages; with `layers`, layer by layer (of one pool)."""
+        """Scatter chunks into pages; with `layers`, layer by layer."""
         job = self._job()
         with self._filling(job, self._loads):
             if not layers:
                 for transfer in transfers:
                     self._put(job, SCATTER, transfer, range(len(transfer.pool.planes)), self._loads)
                 return job
-            (transfer,) = transfers
-            for layer in range(transfer.pool.num_layers):
-                self._put(job, SCATTER, transfer, transfer.pool.layer_planes(layer), self._loads)
+            for layer in range(num_layers(transfers)):
+                for transfer in transfers:
+                    if planes := transfer.pool.layer_planes(layer):
+                        self._put(job, SCATTER, transfer, planes, self._loads)
                 job._layers.append(self._mark(self._loads))
         return job
 

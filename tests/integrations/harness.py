@@ -109,7 +109,7 @@ class Harness:
             server_args, params, components={ComponentType.FULL}, extra_config={}, **arguments
         )
         self.cache.init_cache_linker(self.linker)
-        self.store = self.linker._store
+        self.store = self.linker.lanes[0].store
         self._rid = 0
 
     # --- bytes

@@ -238,7 +238,7 @@ def test_a_store_that_never_ends_is_held_and_holds_nobody_up(engine, gpu):
     assert len(h.cache.linker.pending_offloads) == 1
     h.evict(4096)
     assert h.alloc.available_size() == free, "its pages are locked"
-    assert h.store.lookup(h.linker._steps(digests_of(IDS, 64), 0)[1]) == 0, "not there yet"
+    assert h.store.lookup(h.linker.lanes[0].steps(digests_of(IDS, 64), 0)[1]) == 0, "not there yet"
     assert h.run(tokens(2, 500)) == 0
     gpu.fake.set("unstick", 1)
     h.settle()

@@ -95,7 +95,9 @@ def test_chunks_come_up_by_themselves_in_a_new_process(harness, tmp_path):
     first.close()
     second = harness(LMC_TIERS=place)
     assert second.store.drain(10)
-    assert second.store.lookup(second.linker._steps(digests_of(ids, 64), 0)[1]) == 4091 // 64
+    assert (
+        second.store.lookup(second.linker.lanes[0].steps(digests_of(ids, 64), 0)[1]) == 4091 // 64
+    )
     second.store._guards[0]._tier.read = None  # the request needs the disk no more
     assert 4091 - second.run(ids) <= 64
 
@@ -180,7 +182,7 @@ def test_a_full_ram_of_held_chunks_stores_nothing_and_fails_nobody(harness):
     h.run(ids)
     h.settle()
     h.flush()
-    held = h.store.acquire(h.linker._steps(digests_of(ids, 64), 0)[1])
+    held = h.store.acquire(h.linker.lanes[0].steps(digests_of(ids, 64), 0)[1])
     for seed in range(2, 6):
         assert h.run(tokens(seed, 1000)) == 0
         h.settle()
@@ -451,7 +453,7 @@ def test_requests_that_need_nothing_do_not_hold_up_staging(harness, tmp_path, mo
         first.close()
     h = harness(cold=True, LMC_TIERS=place, LMC_RAM_GB=str(8 * CHUNK_BYTES / 1e9))
     idle = h.arrive(tokens(1, 1100))
-    h.store.settle(h.linker._arrivals[idle.rid].ticket, 5)
+    h.store.settle(h.linker._arrivals[idle.rid].tickets[0], 5)
     req = h.arrive(tokens(2, 1100))
     started = time.monotonic()
     h.match(req)

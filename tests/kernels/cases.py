@@ -36,13 +36,13 @@ def sglang(layout: Layout, page: int) -> PagedPool:
     """[slots, heads, dim] of each layer's K and V."""
     slots = max(TOKENS, 3 * page)
     planes = [layout.tensor(slots, HEADS, DIM) for _ in range(2 * LAYERS)]
-    return PagedPool.from_slots(planes, page, planes_per_layer=2)
+    return PagedPool.from_slots(planes, page, [i // 2 for i in range(2 * LAYERS)])
 
 
 def opaque(layout: Layout, *shape: int, dtype: torch.dtype = BF16) -> PagedPool:
     """[pages, ...] of each layer's K and V: whatever a page holds, it is one run of bytes."""
     planes = [layout.tensor(*shape, dtype=dtype) for _ in range(2 * LAYERS)]
-    return PagedPool.from_slots(planes, 1, planes_per_layer=2)
+    return PagedPool.from_slots(planes, 1, [i // 2 for i in range(2 * LAYERS)])
 
 
 def vllm_kv_first(layout: Layout) -> PagedPool:

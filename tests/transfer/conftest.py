@@ -2,7 +2,7 @@
 kernels, compiled for the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -63,11 +63,11 @@ class Chunk:
 
 
 def random_pool(
-    page_bytes: list[int], num_pages: int, gap: int = 0, planes_per_layer: int = 1, shift: int = 0
+    page_bytes: list[int], num_pages: int, gap: int = 0, layers: Sequence[int] = (), shift: int = 0
 ) -> PagedPool:
     """Planes of random bytes; pages lie `gap` bytes apart and the first starts at byte `shift`."""
     planes = []
     for row in page_bytes:
         memory = torch.randint(256, (shift + num_pages * (row + gap),), dtype=torch.uint8)
         planes.append(memory[shift:].view(num_pages, row + gap)[:, :row])
-    return PagedPool(planes, planes_per_layer)
+    return PagedPool(planes, layers)

@@ -63,7 +63,7 @@ class Broken(TorchBackend):
 
 
 def pool_of_layers(layers: int = 3) -> PagedPool:
-    return random_pool([96, 7] * layers, 16, planes_per_layer=2)
+    return random_pool([96, 7] * layers, 16, layers=[i // 2 for i in range(2 * layers)])
 
 
 @pytest.mark.parametrize("layers", [False, True])
@@ -101,6 +101,28 @@ def test_who_waits_for_a_layer_finds_it_and_no_more() -> None:
         assert sums == [384, 28] * (layer + 1) + [0, 0] * (2 - layer)
     copier.close()
     job.let_wait(0)  # over
+
+
+def test_a_layer_is_there_when_every_pool_has_it() -> None:
+    """Layers read different pools; one that a load does not have is after all of them."""
+    pools = [random_pool([96, 7], 8, layers=[0, 2]), random_pool([64], 8, layers=[1])]
+    chunks = [Chunk(pool, 4) for pool in pools]
+    planes = [pools[0].planes[0], pools[1].planes[0], pools[0].planes[1]]
+    for plane, chunk in zip(planes[:2], chunks, strict=True):
+        chunk.payload.fill_(1)
+        plane.zero_()
+    planes[2].zero_()
+    backend = Steps()
+    copier = ThreadCopier(backend)
+    pairs = zip(pools, chunks, strict=True)
+    job = copier.load([transfer_of(p, torch.arange(4), c) for p, c in pairs], layers=True)
+    for layer in range(3):
+        threading.Timer(0.05, backend.next.release).start()
+        job.let_wait(layer)
+        assert [bool(plane.any()) for plane in planes] == [i <= layer for i in range(3)]
+    job.let_wait(7)
+    assert job.done()
+    copier.close()
 
 
 def test_a_load_does_not_queue_behind_stores() -> None:

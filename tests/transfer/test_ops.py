@@ -123,7 +123,7 @@ def test_large_transfer_equals_the_reference(backend: Backend) -> None:
 
 
 def test_gathered_pages_come_back(backend: Backend) -> None:
-    pool = random_pool([96, 7], 32, planes_per_layer=2)
+    pool = random_pool([96, 7], 32, layers=[0, 0])
     chunk = Chunk(pool, 16)
     ids = torch.randperm(32)[:16]
     before = [plane[ids] for plane in pool.planes]

@@ -11,11 +11,11 @@ def plane(pages: int = 4, row: int = 8) -> torch.Tensor:
 
 
 def test_pool_describes_its_planes() -> None:
-    pool = PagedPool([plane(4, 8), plane(4, 3), plane(4, 8), plane(4, 3)], planes_per_layer=2)
-    assert (pool.num_pages, pool.num_layers) == (4, 2)
+    pool = PagedPool([plane(4, 8), plane(4, 3), plane(4, 8), plane(4, 3)], [0, 0, 2, 2])
+    assert (pool.num_pages, pool.num_layers) == (4, 3)
     assert pool.page_bytes == (8, 3, 8, 3)
     assert pool.chunk_bytes(3) == 66
-    assert pool.layer_planes(1) == range(2, 4)
+    assert [list(pool.layer_planes(layer)) for layer in range(4)] == [[0, 1], [], [2, 3], []]
     assert pool.table[4:8].tolist() == [pool.planes[1].data_ptr(), 4, 3, 3]
 
 
@@ -43,7 +43,7 @@ def test_page_view_keeps_a_slot_stride() -> None:
         (torch.zeros(6, 2), 4, "6 slots are not whole pages of 4"),
         (torch.zeros(6, 2), 0, "page_tokens is 0"),
         (torch.zeros(0, 2), 1, "no slots"),
-        (torch.zeros(6, 4)[:, ::2], 1, "not one run of bytes"),
+        (torch.zeros(6, 4)[:, ::2], [], "not one run of bytes"),
         (torch.zeros(6, 2, 4)[:, 1], 2, "slots are 32 bytes apart but hold 16"),
     ],
 )
@@ -53,23 +53,23 @@ def test_page_view_refuses(tensor: torch.Tensor, page_tokens: int, reason: str) 
 
 
 @pytest.mark.parametrize(
-    ("planes", "planes_per_layer", "reason"),
+    ("planes", "layers", "reason"),
     [
-        ([], 1, "at least one plane"),
-        ([plane(), plane(), plane()], 2, "3 planes are not whole layers of planes_per_layer=2"),
-        ([plane()], 0, "planes_per_layer=0"),
-        ([plane(), plane().view(torch.int8)], 1, "plane 1 is torch.int8"),
-        ([plane()[0]], 1, "must be 2-D"),
-        ([plane(4, 0)], 1, "plane 0 of shape .* holds no bytes"),
-        ([plane(4, 8).T], 1, "bytes of a page are 8 apart"),
-        ([plane()[0].expand(4, 8)], 1, "pages overlap"),
-        ([plane(4), plane(5)], 1, "plane 1 has 5 pages, plane 0 has 4"),
-        ([plane(), plane().to("meta")], 1, "plane 1 is on meta"),
+        ([], [], "at least one plane"),
+        ([plane(), plane(), plane()], [0, 0], "layers of 3 planes"),
+        ([plane(), plane()], [1, 0], "layers of 2 planes must ascend"),
+        ([plane(), plane().view(torch.int8)], [], "plane 1 is torch.int8"),
+        ([plane()[0]], [], "must be 2-D"),
+        ([plane(4, 0)], [], "plane 0 of shape .* holds no bytes"),
+        ([plane(4, 8).T], [], "bytes of a page are 8 apart"),
+        ([plane()[0].expand(4, 8)], [], "pages overlap"),
+        ([plane(4), plane(5)], [], "plane 1 has 5 pages, plane 0 has 4"),
+        ([plane(), plane().to("meta")], [], "plane 1 is on meta"),
     ],
 )
-def test_pool_refuses(planes: list[torch.Tensor], planes_per_layer: int, reason: str) -> None:
+def test_pool_refuses(planes: list[torch.Tensor], layers: list[int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        PagedPool(planes, planes_per_layer)
+        PagedPool(planes, layers)
 
 
 @pytest.mark.parametrize("fields", [(0, 4, 0, 1), (64, 4, -1, 2), (64, 4, 3, 2), (64, 4, 0, -1)])
