@@ -18,6 +18,7 @@ import torch
 
 from lmc.keys import Key
 from lmc.layout import KVLayout
+from lmc.tiers.arena import Arena
 from lmc.tiers.ram import Chunk
 from lmc.transfer import Piece, Transfer
 

@@ -270,8 +270,8 @@ def _mla(pool: Any, page: int) -> tuple[_Buffers, dict[str, str]]:
         index = pool.index_k_with_scale_buffer
         fields["indexer"] = f"{pool.index_head_dim},{[int(not rows.numel()) for rows in index]}"
         for of_layer, rows in zip(buffers, index, strict=True):
-            if rows.numel():
-                of_layer.append((rows, page))
+            if rows.numel():  # one page more than there are, if a page is one token
+                of_layer.append((rows[: (pool.size + page) // page], page))
     return buffers, fields
 
 

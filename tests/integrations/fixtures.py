@@ -24,10 +24,12 @@ with warnings.catch_warnings():  # what torch and SGLang warn of at import is th
 
     SERVER_ARGS = ServerArgs(model_path="dummy", device="cpu", page_size=64)
     SERVER_ARGS.resolve_once()
+    SERVER_ARGS._mamba_cache_chunk_size = 64  # else asked of the model's files
     publish(SERVER_ARGS, role="scheduler")
     torch.set_num_threads(1)
     from tests.integrations.gpu import Gpu, GpuHarness
     from tests.integrations.harness import Harness
+    from tests.integrations.models import ModelHarness
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,7 +63,7 @@ def make_model(folder: Path, weights: bytes) -> Path:
 def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Builds harnesses: `harness(page=64, LMC_RAM_GB="0.05", model=folder, ...)`; closes them at
     the end. A `cold` one brings nothing up from disk unasked; one with a `gpu` copies by its
-    driver.
+    driver; one with a `model_kind` has that model's pools.
     """
     opened: list[Any] = []
 
@@ -73,6 +75,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         cold: bool = False,
         layout: str = "nhd",
         gpu: Gpu | None = None,
+        model_kind: str = "",
         **settings: str,
     ) -> Any:
         for name in ("LMC_TIERS", "LMC_SALT", "LMC_MODEL_VERSION", "LMC_CHUNK_TOKENS"):
@@ -82,7 +85,7 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model))
-        make = Harness
+        make: Any = partial(ModelHarness, model_kind) if model_kind else Harness
         if gpu is not None:
             make = partial(GpuHarness, gpu)
             monkeypatch.setattr("lmc_sglang.linker.resolve", lambda *_, **__: gpu.backend())

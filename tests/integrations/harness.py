@@ -83,34 +83,41 @@ class Harness:
         layout: str = "nhd",
         **arguments: object,
     ) -> None:
-        self.page, self.server_args = page, server_args
-        self.pool = pool_of(layout, page, size)
-        if page == 1:
-            self.alloc = TokenToKVPoolAllocator(
-                size, torch.float32, "cpu", self.pool, need_sort=False
-            )
-        else:
-            self.alloc = PagedTokenToKVPoolAllocator(
-                size, page, torch.float32, "cpu", self.pool, need_sort=False
-            )
-        table = ReqToTokenPool(
-            size=8, max_context_len=size, device="cpu", enable_memory_saver=False
-        )
+        self.page, self.server_args, self.size = page, server_args, size
+        self.make_pools(page, size, layout)
         params = CacheInitParams(
             disable=False,
-            req_to_token_pool=table,
+            req_to_token_pool=self.make_table(size),
             token_to_kv_pool_allocator=self.alloc,
             page_size=page,
+            tree_components=self.components,
+            **self.params_of(),
         )
-        params.tree_components = (ComponentType.FULL,)
         self.params = params
         self.cache = UnifiedRadixCache(params)
         self.linker = LmcLinker(
-            server_args, params, components={ComponentType.FULL}, extra_config={}, **arguments
+            server_args, params, components=set(self.components), extra_config={}, **arguments
         )
         self.cache.init_cache_linker(self.linker)
         self.store = self.linker.lanes[0].store
         self._rid = 0
+
+    # --- what is served
+
+    components: tuple[ComponentType, ...] = (ComponentType.FULL,)
+
+    def make_pools(self, page: int, size: int, layout: str) -> None:
+        self.pool = pool_of(layout, page, size)
+        kind = TokenToKVPoolAllocator if page == 1 else PagedTokenToKVPoolAllocator
+        pages = () if page == 1 else (page,)
+        self.alloc = kind(size, *pages, torch.float32, "cpu", self.pool, need_sort=False)
+
+    def make_table(self, size: int) -> ReqToTokenPool:
+        return ReqToTokenPool(size=8, max_context_len=size, device="cpu", enable_memory_saver=False)
+
+    def params_of(self) -> dict[str, object]:
+        """What else SGLang's cache is told."""
+        return {}
 
     # --- bytes
 
