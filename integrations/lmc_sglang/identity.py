@@ -88,6 +88,8 @@ def namespace_of(
         server_args.download_dir,
         in_folder=server_args.load_format in _FROM_THE_FOLDER,
     )
+    drafts = _draft_weights(server_args, config, pool)
+    weights = f"{weights}{drafts}" if weights and drafts is not None else ""
     namespace = Namespace.of(
         {
             "engine": "sglang",
@@ -114,6 +116,24 @@ def namespace_of(
         server_args.model_path,
     )
     return namespace.next_generation()
+
+
+def _draft_weights(server_args: Any, config: Config, pool: DevicePool) -> str | None:
+    """What tells the weights of a draft model whose KV is kept beside the model's apart; "" without
+    one, None if nothing does.
+    """
+    path = server_args.speculative_draft_model_path
+    if not path or not any(name.startswith("draft") for name in pool.fields):
+        return ""
+    load_format = server_args.speculative_draft_load_format or server_args.load_format
+    name = weights_name(
+        path,
+        config.model_version,
+        server_args.speculative_draft_model_revision,
+        server_args.download_dir,
+        in_folder=load_format in _FROM_THE_FOLDER,
+    )
+    return f" draft {name}" if name else None
 
 
 def _digest_of(path: str | None) -> str:

@@ -87,7 +87,8 @@ def layout_of(pool: DevicePool, page_tokens: int, chunk_tokens: int, *, any_page
 def shares_of(layouts: Sequence[KVLayout], pools: Sequence[DevicePool]) -> list[float]:
     """Parts of RAM, so that all pools hold about as many tokens."""
     costs = [
-        layout.chunk_bytes / (STATE_TOKENS if pool.kind is Kind.STATE else layout.chunk_tokens)
+        Arena.slot_size(layout.chunk_bytes)
+        / (STATE_TOKENS if pool.kind is Kind.STATE else layout.chunk_tokens)
         for layout, pool in zip(layouts, pools, strict=True)
     ]
     return [cost / sum(costs) for cost in costs]

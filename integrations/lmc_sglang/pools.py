@@ -218,6 +218,8 @@ def _mha(pool: Any, page: int) -> tuple[_Buffers, dict[str, str]]:
         raise ValueError(_refusal(pool, f"layout {pool.kv_cache_layout}"))
     if mha.transfer_buffers is not None:
         raise ValueError(_refusal(pool, "relocatable buffers"))
+    if mha.device.type not in DEVICES:
+        raise ValueError(_refusal(pool, f"device {mha.device}"))
     row = 1 if layout == "nhd" else page
     width = mha.head_num * mha.dtype.itemsize * row
     packed = 2 if type(pool) is MHATokenToKVPoolFP4 else 1  # numbers in a byte

@@ -155,6 +155,8 @@ def test_random_prompts_under_pressure(harness, tmp_path, model, seed):
             h.flush()
     h.settle()
     h.flush()
+    for rid in list(h.linker._arrivals):
+        h.linker.request_aborted(rid)
     for lane in h.linker.lanes:
         lane.store.drain(10)
         lane.store.ram.check()

@@ -13,8 +13,9 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from lmc.config import Config
 from lmc_sglang import pools
 from lmc_sglang.identity import Ranks, namespace_of
-from tests.integrations.fixtures import SERVER_ARGS
+from tests.integrations.fixtures import SERVER_ARGS, make_model
 from tests.integrations.harness import DIM, HEADS, LAYOUTS
+from tests.integrations.models import mla
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def params(harness):
 
 
 def described(params, components=(ComponentType.FULL,), **changes):
-    return pools.describe(dataclasses.replace(params, **changes), set(components))
+    return pools.describe(dataclasses.replace(params, **changes), set(components))[0]
 
 
 def test_a_plain_pool_is_described(params):
@@ -38,32 +39,49 @@ def test_state_beside_full_attention(params):
         described(params, components=(ComponentType.FULL, ComponentType.SWA))
 
 
-@pytest.mark.parametrize(
-    "name", ["sidecar_draft_device_pools", "mtp_draft_device_pools", "mtp_draft_mamba_pools"]
-)
-def test_draft_pools(params, name):
-    with pytest.raises(ValueError, match="speculative"):
-        described(params, **{name: (object(),)})
+def test_a_window_that_requests_keep_for_themselves(harness, monkeypatch):
+    params = harness(model_kind="swa").params
+    kv = params.token_to_kv_pool_allocator.get_kvcache()
+    monkeypatch.setattr(kv, "swa_req_ring_size", 128)
+    with pytest.raises(ValueError, match="requests keep for themselves"):
+        described(params, params.tree_components)
 
 
-def test_a_bigram_tree(params):
-    with pytest.raises(ValueError, match="EAGLE"):
-        described(params, is_eagle=True)
+def test_int8_states(harness, monkeypatch):
+    params = harness(model_kind="mamba").params
+    monkeypatch.setattr(params.req_to_token_pool, "mamba_ckpt_pool", object())
+    with pytest.raises(ValueError, match="int8"):
+        described(params, params.tree_components)
+
+
+def test_states_of_a_draft_model(harness):
+    params = harness(model_kind="mamba").params
+    with pytest.raises(ValueError, match="draft"):
+        described(params, params.tree_components, mtp_draft_mamba_pools=(object(),))
 
 
 def test_another_pool_is_named(params, monkeypatch):
-    other = MLATokenToKVPool(
-        256,
-        64,
-        dtype=torch.float32,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        layer_num=1,
-        device="cpu",
-        enable_memory_saver=False,
-    )
+    """Also a kind of one that is served: what it does otherwise is unknown."""
+
+    class Mine(MLATokenToKVPool):
+        pass
+
+    other = mla(256, 64, Mine)
     monkeypatch.setattr(params.token_to_kv_pool_allocator, "get_kvcache", lambda: other)
-    with pytest.raises(ValueError, match=r"MLATokenToKVPool.*supported: MHA"):
+    with pytest.raises(ValueError, match=r"this pool \(pool Mine\).*supported: MHA"):
+        described(params)
+
+
+def test_an_unknown_draft_pool_is_named(params):
+    with pytest.raises(ValueError, match=r"pool object"):
+        described(params, sidecar_draft_device_pools=(object(),))
+
+
+def test_layers_that_are_shared_out_among_ranks(params, monkeypatch):
+    other = mla(256, 64)
+    other.dcp_replicated = True
+    monkeypatch.setattr(params.token_to_kv_pool_allocator, "get_kvcache", lambda: other)
+    with pytest.raises(ValueError, match="shared out"):
         described(params)
 
 
@@ -71,7 +89,7 @@ def test_another_layout_is_named(params, monkeypatch):
     pool = params.token_to_kv_pool_allocator.get_kvcache()
     for layout in ("page_major", "hnd"):  # a label that the buffers do not bear out
         monkeypatch.setattr(pool, "kv_cache_layout", layout)
-        with pytest.raises(ValueError, match=f"layout {layout}|pages of .* bytes"):
+        with pytest.raises(ValueError, match=f"layout {layout}|rows of .* bytes"):
             described(params)
 
 
@@ -164,7 +182,7 @@ def test_weights_that_the_folder_does_not_tell_stay_in_the_process(harness, argu
     h = harness()
     args = msgspec.structs.replace(SERVER_ARGS, model_path=h.server_args.model_path, **arguments)
     ranks = Ranks.of(args, h.params)
-    pool = pools.describe(h.params, {ComponentType.FULL})
+    pool = described(h.params)
     assert namespace_of(args, Config(), pool, h.store.layout, ranks).private
 
 
@@ -178,7 +196,28 @@ def test_scales_of_the_kv_belong_to_its_name(harness, tmp_path):
             model_path=h.server_args.model_path,
             quantization_param_path=str(file),
         )
-        pool = pools.describe(h.params, {ComponentType.FULL})
+        pool = described(h.params)
         ranks = Ranks.of(args, h.params)
         names.add(namespace_of(args, Config(), pool, h.store.layout, ranks).digest)
     assert len(names) == 2
+
+
+def test_the_weights_of_a_draft_model_belong_to_its_name(harness, tmp_path):
+    """Its KV is kept with the model's."""
+    h, names = harness(model_kind="mha-draft"), set()
+    for draft in ("one", "other", "nowhere"):
+        folder = tmp_path / draft
+        if draft != "nowhere":
+            folder.mkdir()
+            make_model(folder, draft.encode())
+        args = msgspec.structs.replace(
+            SERVER_ARGS,
+            model_path=h.server_args.model_path,
+            speculative_draft_model_path=str(folder),
+        )
+        found = namespace_of(
+            args, Config(), described(h.params), h.store.layout, Ranks.of(args, h.params)
+        )
+        assert found.private == (draft == "nowhere")
+        names.add(found.digest)
+    assert len(names) == 3
