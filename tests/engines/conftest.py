@@ -45,13 +45,13 @@ def smollm2() -> Path:
 def launch(
     tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., SglangServer]:
-    """Starts the tiny model: `with launch("--page-size", "16", LMC_ENABLE="1") as server`."""
+    """Starts a tiny model: `with launch("--page-size", "16", LMC_ENABLE="1") as server`."""
 
-    def start(*flags: str, **environment: str) -> SglangServer:
+    def start(*flags: str, served: Path = tiny_llama, **environment: str) -> SglangServer:
         log = tmp_path_factory.mktemp("server") / "server.log"
         sizes = ("--max-total-tokens", "8192", "--max-running-requests", "4")
         return SglangServer(
-            tiny_llama,
+            served,
             log,
             flags=("--skip-tokenizer-init", *sizes, *flags),
             environment={"OMP_NUM_THREADS": "1", **environment},
