@@ -83,6 +83,16 @@ class Ticket:
         return not self.closed and (self._planning or bool(self._coming))
 
     @property
+    def planning(self) -> bool:
+        """Whether a tier has not said yet what it holds."""
+        return self._planning
+
+    @property
+    def remaining(self) -> int:
+        """Chunks on their way, or due once there is room."""
+        return len(self._targets) + len(self._coming)
+
+    @property
     def arrived(self) -> int:
         """Chunks held for it so far: while this grows, waiting helps."""
         return len(self._held)

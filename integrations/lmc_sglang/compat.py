@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import logging
 import pkgutil
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheL
 _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 
 EXCLUSIVE_FLAGS = {
     "--enable-unified-memory": "enable_unified_memory",
@@ -49,9 +52,16 @@ LINKER_METHODS = frozenset(
 
 SIGNATURES = {
     f"{WRAPPER}.match": ("self", "key", "req", "result"),
+    f"{WRAPPER}._sync_restorable_prefix": (
+        *("self", "restorable"),
+        *("num_pages", "device_hit_pages"),
+    ),
     f"{WRAPPER}._offload_node": ("self", "node_id", "transfers"),
     f"{WRAPPER}.release_request": ("self", "rid"),
     f"{_SCHEDULER}._prefetch_kvcache": ("self", "req", "storage_hit_end"),
+    f"{_SCHEDULER}.process_batch_result": ("self", "batch", "result"),
+    f"{_ADDER}.add_one_req": ("self", "req", "has_chunked_req", "truncation_align_size"),
+    f"{_CACHE}._all_reduce_attn_groups": ("self", "tensor", "op"),
     f"{_STATE}.get_internal_state": ("self", "recv_req"),
     f"{_WEIGHTS}.update_weights_from_disk": None,
     f"{_WEIGHTS}.load_weights_from_distributed": None,
@@ -76,7 +86,12 @@ Resolver = Callable[[Any, Declare], None]
 class Listener(Protocol):
     """What a linker wants to hear of."""
 
-    def match_begins(self, device_pages: int) -> None: ...
+    def match_begins(self, rid: str | None, device_pages: int) -> None: ...
+    def ready(self) -> bool: ...
+    def agreed(self, rid: str, *, ready: bool) -> None: ...
+    def passes_over(self, rid: str) -> bool: ...
+    def nap(self) -> None: ...
+    def prefilled(self, tokens: int, seconds: float) -> None: ...
     def offload_begins(self, cache: Any, node_id: int) -> None: ...
     def request_arrived(self, req: Any) -> None: ...
     def request_aborted(self, rid: str) -> None: ...
@@ -86,6 +101,8 @@ class Listener(Protocol):
 
 _listener: Listener | None = None
 _hooked = False
+_matched: str | None = None  # the request that is matched
+_last_result = 0.0
 
 
 def check() -> None:
@@ -230,6 +247,9 @@ def listen(listener: Listener) -> None:
 
     hooks = {
         f"{WRAPPER}.match": _on_match,
+        f"{WRAPPER}._sync_restorable_prefix": _on_agreement,
+        f"{_ADDER}.add_one_req": _on_admission,
+        f"{_SCHEDULER}.process_batch_result": _on_result,
         f"{WRAPPER}._offload_node": _on_offload,
         f"{WRAPPER}.release_request": _on_release,
         f"{_SCHEDULER}._prefetch_kvcache": _on_arrival,
@@ -258,9 +278,66 @@ def stop_listening(listener: Listener) -> None:
 
 
 def _on_match(orig: Any, wrapper: Any, key: Any, req: Any, result: Any) -> Any:
+    global _matched
+    _matched = getattr(req, "rid", None)
     if _listener is not None:
-        _listener.match_begins(result.device_prefix_len // wrapper.cache.page_size)
+        _listener.match_begins(_matched, result.device_prefix_len // wrapper.cache.page_size)
     return orig(wrapper, key, req, result)
+
+
+def _on_agreement(orig: Any, wrapper: Any, restorable: Any, **lengths: Any) -> Any:
+    """The mask over which ranks agree has an element for a length of 0 that says nothing: it
+    carries whether the request need not wait.
+    """
+    listener, rid = _listener, _matched
+    if listener is None or rid is None:
+        return orig(wrapper, restorable, **lengths)
+    reduce = wrapper.cache._all_reduce_attn_groups
+
+    def carrying(mask: torch.Tensor, op: Any) -> None:
+        mask[0] = int(listener.ready())
+        reduce(mask, op)
+        listener.agreed(rid, ready=bool(mask[0]))
+        mask[0] = 0
+
+    wrapper.cache._all_reduce_attn_groups = carrying
+    try:
+        return orig(wrapper, restorable, **lengths)
+    finally:
+        del wrapper.cache._all_reduce_attn_groups
+
+
+def _on_admission(orig: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """A request that waits for chunks is passed over; those behind it are not."""
+    if _listener is None or not _listener.passes_over(req.rid):
+        return orig(adder, req, *args, **kwargs)
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    running = adder.running_batch
+    if not adder.can_run_list and (running is None or running.is_empty()):
+        _listener.nap()
+    # as the scheduler does for one that it does not admit
+    req.kv.mamba_cow_src_index, req.kv.mamba_needs_clear = None, False
+    if req.kv.holds_mamba and not getattr(req, "session", None):
+        table = adder.tree_cache.req_to_token_pool
+        table.mamba_allocator.free(req.kv.mamba_pool_idx.unsqueeze(-1))
+        req.kv.mamba_pool_idx = None
+    return AddReqResult.CONTINUE
+
+
+def _on_result(orig: Any, scheduler: Any, batch: Any, result: Any) -> Any:
+    """How fast prefill is: of batches one after the other, each from its launch, or from the
+    result before.
+    """
+    global _last_result
+    launched = getattr(batch, "launch_ts", None)
+    tokens = batch.extend_num_tokens if batch.forward_mode.is_extend() else None
+    output = orig(scheduler, batch, result)
+    now = time.monotonic()
+    if _listener is not None and launched and tokens:
+        _listener.prefilled(tokens, now - max(launched, _last_result))
+    _last_result = now
+    return output
 
 
 def _on_offload(orig: Any, wrapper: Any, node_id: int, transfers: Any) -> Any:

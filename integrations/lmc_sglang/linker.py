@@ -41,6 +41,7 @@ from . import compat, pools
 from .identity import Ranks, namespace_of
 from .lanes import Lane, Move, layout_of, shares_of
 from .layers import LayerCounter
+from .patience import MIN_PREFILL_TOKENS, Outlook, Patience, Wait
 from .pools import Kind
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmc")
 
 CLOSE_DRAIN_S = 60.0
+NAP_S = 0.001
+"""An idle engine looks this often for chunks that its requests wait for."""
+PASSES_OF_A_LOAD = 50
+"""Scheduling passes after which what a load brought is in the tree, or never will be."""
+WAIT_FOR_TWIN_S = 2.0
+"""Longest wait for a load of the same pages that another request began."""
 MAX_ENDS = 32
 """Ends of states among which ranks look for a common one."""
 
@@ -61,7 +68,12 @@ class _Arrival:
 
     digests: Sequence[str]
     tickets: list[Ticket]  # of full attention, then of what else a prefix needs
-    waited: bool = False
+    wait: Wait = field(default_factory=Wait)
+    twin_until: float = 0.0
+
+    @property
+    def moving(self) -> bool:
+        return any(ticket.moving for ticket in self.tickets)
 
     def close(self) -> None:
         for ticket in self.tickets:
@@ -137,7 +149,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._ranks = ranks
         self._page_tokens = params.page_size
         self._is_eagle = bool(params.is_eagle)
-        self._stage_wait_s = config.stage_wait_s
+        self._patience = Patience(config.stage_wait_s)
+        self._io_threads = config.io_threads
         device = described[0].pages.device
         self._copier = copier_of(
             resolve(config.kernels, device, copy=config.gpu_copy, blocks=config.gpu_blocks),
@@ -176,9 +189,13 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             self._copier.pin(lane.store.arena.slices)
         self._device_pages = 0  # of the match that is under way
         self._node: tuple[Any, int] | None = None  # whose offload is under way
-        self._wait_left_s = self._stage_wait_s  # of this scheduling pass
         self._arrivals: dict[str, _Arrival] = {}  # in order of arrival
         self._staging: dict[str, _Arrival] = {}  # of them: full attention is on its way
+        self._landing_for: dict[str, _Arrival] = {}  # of them: something is on its way
+        self._ready = True  # for the request that is matched
+        self._passed_over: set[str] = set()  # as all ranks agreed when they were last matched
+        self._napped = False  # in this scheduling pass
+        self._coming: dict[str, int] = {}  # ends of what loads bring; passes until it is there
         self._promised: dict[str, _Promise] = {}
         self._queued: dict[str, _Load] = {}
         self._moving: dict[int, tuple[Job, list[_Load]]] = {}  # by counter index
@@ -195,9 +212,32 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     # --- what the hooks report
 
-    def match_begins(self, device_pages: int) -> None:
+    def match_begins(self, rid: str | None, device_pages: int) -> None:
         self._device_pages = device_pages
-        self._tree_used = True
+        self._tree_used = self._ready = True
+        self._passed_over.discard(rid or "")
+
+    def ready(self) -> bool:
+        """Whether the request that is matched need not wait, as far as this rank knows."""
+        return self._ready
+
+    def agreed(self, rid: str, *, ready: bool) -> None:
+        """All ranks have said whether it need not wait."""
+        if not ready:
+            self._passed_over.add(rid)
+
+    def passes_over(self, rid: str) -> bool:
+        return rid in self._passed_over
+
+    def nap(self) -> None:
+        """The engine has nothing to do but wait for chunks: once a pass, and not for long."""
+        if not self._napped:
+            self._napped = True
+            self.lanes[0].store.poll(NAP_S)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        if tokens >= MIN_PREFILL_TOKENS:
+            self._patience.prefill.add(tokens, seconds)
 
     def offload_begins(self, cache: Any, node_id: int) -> None:
         self._node = (cache, node_id)
@@ -221,7 +261,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 digests = get_storage_hash_str(key[:num_tokens], None, page_size=page)
                 full, *others = self.lanes
                 arrival = _Arrival(digests, [full.store.stage(full.steps(digests, 0)[1])])
-                self._arrivals[req.rid] = arrival
+                self._arrivals[req.rid] = self._landing_for[req.rid] = arrival
                 if others:
                     for lane in others:
                         lane.touch(digests)
@@ -236,8 +276,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         """Nothing stored is found again; the tree's KV is not kept until it was flushed."""
         for lane in self.lanes:
             lane.store.renew()
-        self._arrivals.clear()
-        self._staging.clear()
+        for known in (self._arrivals, self._staging, self._landing_for, self._passed_over):
+            known.clear()
         for rid in list(self._promised):
             self._break_promise(rid)
         self._stale_tree = self._stale_tree or self._tree_used
@@ -251,13 +291,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     # --- from store to device
 
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
-        started, waited = time.perf_counter(), 0.0
+        started = time.perf_counter()
         digests, first = transfers[0].keys, self._device_pages
         full, *others = self.lanes
         for lane in self.lanes:
             lane.store.poll()
-        if (arrival := self._arrivals.get(rid)) is not None:
-            waited = self._wait_for(rid, arrival)
         self._break_promise(rid)
         lease = full.acquire(digests, first, first + len(digests))
         ends: list[int] = []
@@ -266,7 +304,11 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             ends = self._ends(digests, first, (first // per_step + lease.steps) * per_step)
             held = [lane.acquire(digests, first, end) for end in ends for lane in others]
             self._promised[rid] = _Promise(first, lease, held)
-        self.stats.spent("scheduler.lookup", time.perf_counter() - started - waited)
+        if (arrival := self._arrivals.get(rid)) is not None:
+            self._ready = not (
+                self._waits(rid, arrival) or self._waits_for_twin(arrival, digests, ends, first)
+            )
+        self.stats.spent("scheduler.lookup", time.perf_counter() - started)
         return [end - first for end in ends]
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
@@ -280,6 +322,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 log.error("lmc: SGLang asks for other pages than were promised to %s", rid)
                 return False
             self._queued[rid] = load
+            self._coming.update(dict.fromkeys(transfers[0].keys[-1:], PASSES_OF_A_LOAD))
             self._forget_arrival(rid)
             return True
 
@@ -378,7 +421,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def num_completed_offloads(self) -> int:
         """SGLang asks once a scheduler step, before it looks anything up: a new scheduling pass."""
         with self.stats.timed("scheduler.step"):
-            self._wait_left_s = self._stage_wait_s
+            self._napped = False
+            self._coming = {end: left - 1 for end, left in self._coming.items() if left}
             for rid in list(self._promised):
                 self._break_promise(rid)
             self._let_go()
@@ -386,6 +430,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 lane.store.poll()
             for rid in list(self._staging):
                 self._stage_others(rid)
+            for rid in list(self._landing_for):
+                self._measure(rid)
             done = 0
             for offload in self._offloads:
                 if offload.job is not None and not offload.job.done():
@@ -433,24 +479,45 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             else:
                 self._landing.append((job, loads))
 
-    def _wait_for(self, rid: str, arrival: _Arrival) -> float:
-        """Wait for what is on its way up, once a request and within this pass's budget; seconds it
-        took.
-        """
-        moving = any(ticket.moving for ticket in arrival.tickets)
-        if arrival.waited or not moving or self._wait_left_s <= 0:
-            return 0.0
-        arrival.waited = True
-        started = time.perf_counter()
-        deadline = started + self._wait_left_s
-        self.lanes[0].store.settle(arrival.tickets[0], self._wait_left_s)
+    def _waits(self, rid: str, arrival: _Arrival) -> bool:
+        """Whether a request is better off waiting for what is on its way to it."""
         self._stage_others(rid)
-        for lane, ticket in zip(self.lanes[1:], arrival.tickets[1:], strict=False):
-            lane.store.settle(ticket, max(0.0, deadline - time.perf_counter()))
-        waited = time.perf_counter() - started
-        self._wait_left_s -= waited
-        self.stats.spent("scheduler.waited", waited)
-        return waited
+        if arrival.wait.over or not arrival.moving:
+            return False
+        return self._patience.waits(arrival.wait, self._outlook(arrival))
+
+    def _outlook(self, arrival: _Arrival) -> Outlook:
+        full, *others = self.lanes
+        ticket = arrival.tickets[0]
+        sizes = [lane.store.arena.slot_bytes for lane in self.lanes]
+        pairs = list(zip(sizes, arrival.tickets, strict=False))
+        missing = ticket.remaining * full.layout.chunk_tokens
+        coming = missing + ticket.arrived * full.layout.chunk_tokens
+        return Outlook(
+            arrived=sum(size * ticket.arrived for size, ticket in pairs),
+            remaining=sum(size * ticket.remaining for size, ticket in pairs),
+            at_once=self._io_threads * sizes[0],
+            tokens=coming if others else missing,
+            all_tokens=coming or len(arrival.digests) * self._page_tokens,
+            unknown=ticket.planning,
+        )
+
+    def _measure(self, rid: str) -> None:
+        """Learn how fast the tiers were from a request for which all has come."""
+        arrival = self._landing_for[rid]
+        if rid not in self._staging and not arrival.moving:
+            del self._landing_for[rid]
+            self._patience.landed(arrival.wait, self._outlook(arrival))
+
+    def _waits_for_twin(
+        self, arrival: _Arrival, digests: Sequence[str], ends: Sequence[int], first: int
+    ) -> bool:
+        """Whether another request loads these pages: soon they are in the tree, for all."""
+        if not ends or digests[ends[-1] - first - 1] not in self._coming:
+            return False
+        now = time.monotonic()
+        arrival.twin_until = arrival.twin_until or now + WAIT_FOR_TWIN_S
+        return now < arrival.twin_until
 
     def _stage_others(self, rid: str) -> None:
         """Full attention is here as far as it comes: bring up what such a prefix needs of the other
@@ -581,6 +648,8 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
 
     def _forget_arrival(self, rid: str) -> None:
         self._staging.pop(rid, None)
+        self._landing_for.pop(rid, None)
+        self._passed_over.discard(rid)
         if (arrival := self._arrivals.pop(rid, None)) is not None:
             arrival.close()
 

@@ -192,6 +192,15 @@ class Harness:
         )
         return self.cache.match_prefix(MatchPrefixParams(key=key, req=req))
 
+    def admit(self, req: Request) -> object:
+        """Match until the request is not passed over any more."""
+        while True:
+            self.step()
+            match = self.match(req)
+            if not self.linker.passes_over(req.rid):
+                return match
+            self.linker.nap()
+
     def load(self, req: Request, match: object) -> torch.Tensor:
         """Load what was promised; the slots, with the right bytes in them."""
         self.linker.layer_done_counter.set_consumer(self.load_back(req, match))
@@ -222,8 +231,7 @@ class Harness:
         them.
         """
         req = self.arrive(ids, **more)
-        self.step()
-        match = self.match(req)
+        match = self.admit(req)
         device, host = match.device_prefix_len, match.host_hit_length
         path = (
             self.cache.path_device_indices(match.last_device_node)[:device]

@@ -282,8 +282,7 @@ class ModelHarness(Harness):
 
     def run(self, ids: array, **more: Any) -> int:
         req = self.arrive(ids, **more)
-        self.step()
-        match = self.match(req)
+        match = self.admit(req)
         device, host = match.device_prefix_len, match.host_hit_length
         path = self.path(match)
         self.check(ids, path)
