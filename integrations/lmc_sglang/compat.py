@@ -13,7 +13,8 @@ import inspect
 import logging
 import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -300,11 +301,21 @@ def _on_agreement(orig: Any, wrapper: Any, restorable: Any, **lengths: Any) -> A
         listener.agreed(rid, ready=bool(mask[0]))
         mask[0] = 0
 
-    wrapper.cache._all_reduce_attn_groups = carrying
-    try:
+    with _replaced(wrapper.cache, "_all_reduce_attn_groups", carrying):
         return orig(wrapper, restorable, **lengths)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Call `method` instead, on this object and inside of this block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, method)
+    try:
+        yield
     finally:
-        del wrapper.cache._all_reduce_attn_groups
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 def _on_admission(orig: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

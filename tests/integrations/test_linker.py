@@ -5,7 +5,6 @@ at all.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 
 import pytest
@@ -349,26 +348,6 @@ def test_what_is_remembered_of_requests_does_not_grow(harness, monkeypatch):
         h.run(tokens(seed, 200))
         h.settle()
     assert len(h.linker._arrivals) <= 2
-
-
-def test_a_request_waits_for_staging_once(harness, tmp_path):
-    place = f"file://{tmp_path}?gb=1"
-    stored(harness, 1000, LMC_TIERS=place).close()
-    h = harness(cold=True, LMC_TIERS=place, LMC_STAGE_WAIT_MS="50")
-    tier = h.store._guards[0]._tier
-    release = threading.Event()
-    read = tier.read
-    tier.read = lambda name, into: release.wait(20) and read(name, into)
-    req = h.arrive(tokens(1, 1000))
-    for _ in range(3):
-        h.step()
-        assert h.match(req).host_hit_length == 0
-    waited = h.store.snapshot()
-    assert waited["scheduler.waited.calls"] == 1
-    assert waited["scheduler.waited.seconds"] < 1
-    release.set()
-    assert h.store.drain(10)
-    assert h.match(req).host_hit_length == 960, "it arrived after all"
 
 
 def test_a_request_aborted_while_it_loads(harness):
