@@ -171,6 +171,13 @@ def _wrap_step(step: str, resolver: Resolver, *, after: bool) -> None:
             previous(server_args)
 
 
+def resolved(server_args: Any) -> Any:
+    """A view of the arguments as SGLang settled them; the fields keep what the user gave."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
 def is_mamba_hybrid(args: Any) -> bool:
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.configs.hybrid_arch import mambaish_config

@@ -14,6 +14,8 @@ import torch
 from lmc.keys import Namespace
 from lmc.weights import name_of as weights_name
 
+from . import compat
+
 if TYPE_CHECKING:
     from lmc.config import Config
     from lmc.layout import KVLayout
@@ -39,7 +41,11 @@ _FROM_THE_FOLDER = (
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Position among the ranks that share a request: `rank` of `size` holds a part of the heads."""
+    """Position among the ranks that share a request: part `rank` of `size` parts of the KV.
+
+    Under data-parallel attention each group of them has requests of its own. Equal parts have equal
+    names, whatever group or machine holds them: tiers below RAM are shared.
+    """
 
     rank: int
     size: int
@@ -47,10 +53,16 @@ class Ranks:
     """Ranks that must answer alike."""
     on_this_machine: int
     """Ranks that share this machine's memory."""
+    writes: bool = True
+    """Whether chunks go down from here. Of ranks that hold the same KV one a machine does it for
+    all: a disk serves the ranks of its machine, and what two machines write twice does no harm."""
 
     @classmethod
-    def of(cls, server_args: Any, params: Any) -> Ranks:
-        """Raises ValueError for topologies whose ranks SGLang does not let agree."""
+    def of(cls, server_args: Any, params: Any, *, replicated: bool = False) -> Ranks:
+        """`replicated`: each rank holds all of the KV, as with MLA's latent. Raises ValueError for
+        topologies whose ranks SGLang does not let agree.
+        """
+        args = compat.resolved(server_args)
         if params.pp_size > 1:
             raise ValueError(
                 f"lmc does not serve pipeline parallelism (pp_size={params.pp_size}): "
@@ -60,21 +72,36 @@ class Ranks:
             raise ValueError(
                 f"lmc does not serve context parallelism (attn_cp_size={params.attn_cp_size})"
             )
+        if args.dcp_size > 1:
+            raise ValueError(
+                "lmc does not serve parallelism over the context of decoding "
+                f"(dcp_size={args.dcp_size}): a rank's pool holds a part of each page"
+            )
+        # a group of attention's for one rank alone is one too: then nobody has to agree
         group = params.attn_tp_cache_group or params.tp_cache_group
-        rank, size = (
-            (torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
-            if group
-            else (0, 1)
+        members = torch.distributed.get_process_group_ranks(group) if group else [0]
+        rank = torch.distributed.get_rank(group) if group else 0
+        here = _machine_of(args, members[rank])
+        first = [_machine_of(args, member) for member in members].index(here)
+        return cls(
+            rank=0 if replicated else rank,
+            size=1 if replicated else len(members),
+            agreeing=len(members),
+            on_this_machine=_ranks_of_a_machine(args),
+            writes=not replicated or rank == first,
         )
-        return cls(rank, size, size, _ranks_of_a_machine(server_args))
 
 
-def _ranks_of_a_machine(server_args: Any) -> int:
-    """With DP attention the data-parallel ranks are tensor-parallel ranks too; else they are whole
-    replicas.
+def _ranks_of_a_machine(args: Any) -> int:
+    """Ranks of data-parallel attention and of experts are ranks of the tensor-parallel group;
+    data-parallel replicas have such a group each.
     """
-    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
-    return max(1, int(server_args.tp_size * replicas // server_args.nnodes))
+    return max(1, int(args.tp_size * args.dp_size // args.nnodes))
+
+
+def _machine_of(args: Any, rank: int) -> int:
+    """Machines have equal shares of the tensor-parallel group, in its order."""
+    return rank // max(1, int(args.tp_size // args.nnodes))
 
 
 def namespace_of(
