@@ -126,7 +126,7 @@ def test_a_machines_memory_is_shared_out_among_the_ranks_on_it(given, sharing):
 
 
 def test_what_sglang_settled_counts_not_what_was_given():
-    """A feature may turn replicas into groups of attention's: the field keeps what the user gave."""
+    """A feature may turn replicas into attention's groups: the field keeps what the user gave."""
     args = arguments(tp_size=4, dp_size=4)
     assert Ranks.of(args, _PLAIN).on_this_machine == 16
     args._resolved_overrides.append(("a feature", {"attn_dp_size": 4, "dp_size": 1}))
