@@ -35,7 +35,7 @@ from tests.integrations.harness import Harness, Request, tokens
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 DEVICE_TOKENS = 6144
 WEIGHTS_STAY = 0.75
@@ -93,9 +93,21 @@ class Admitted(NamedTuple):
 class Rank:
     """The scheduler's part for several requests a pass."""
 
-    def __init__(self, rank: int, group: Any, folder: Path, *, replicated: bool = False) -> None:
-        """`replicated`: every rank holds the same KV."""
-        self.rank, self.group = rank, group
+    def __init__(
+        self, rank: int, folder: Path, *, replicated: bool = False, attn_dp_size: int = 1
+    ) -> None:
+        """`replicated`: every rank holds the same KV. With `attn_dp_size` groups for attention
+        ranks agree inside theirs, and groups have requests of their own.
+        """
+        everybody = torch.distributed.get_world_size()
+        width = everybody // attn_dp_size
+        groups = [
+            torch.distributed.new_group(list(range(first, first + width)))
+            for first in range(0, everybody, width)
+        ]
+        self.rank, self.group_number = rank, rank // width
+        self.group = groups[self.group_number]
+        rank_consensus_checker.configure([SimpleNamespace(cpu_group=self.group)])
         self.tiers: list[FaultyTier] = []
         self.waiting: list[tuple[Request, Wish]] = []
         self.host_tokens = 0
@@ -110,10 +122,11 @@ class Rank:
         args = msgspec.structs.replace(
             SERVER_ARGS,
             model_path=str(make_model(model, b"weights")),
-            tp_size=torch.distributed.get_world_size(group),
+            tp_size=everybody,
+            attn_dp_size=attn_dp_size,
         )
-        self.h = Own(args, size=DEVICE_TOKENS, group=group)
-        self.h.part = 0 if replicated else rank
+        self.h = Own(args, size=DEVICE_TOKENS, group=self.group)
+        self.h.part = 0 if replicated else rank % width
 
     def _open_tiers(self, config: Any) -> list[FaultyTier]:
         self.tiers = [FaultyTier(tier) for tier in open_tiers(config)]
@@ -229,7 +242,7 @@ class Rank:
         """All ranks have written what they had to."""
         self.h.settle()
         assert self.h.store.drain(30)
-        torch.distributed.barrier(self.group)
+        torch.distributed.barrier()
 
     def compare(self, told: Sequence[int] = ()) -> None:
         """Raise AssertionError unless SGLang counts alike on every rank."""
@@ -246,7 +259,7 @@ class Rank:
             *told,
         ]
         own[: len(counts)] = torch.tensor(counts)
-        found = [own.clone() for _ in range(torch.distributed.get_world_size(self.group))]
+        found = [own.clone() for _ in range(self.group.size())]
         torch.distributed.all_gather(found, own, group=self.group)
         for rank, theirs in enumerate(found):
             assert torch.equal(theirs, own), f"rank {rank}: {theirs.tolist()}, here {own.tolist()}"
@@ -299,6 +312,17 @@ def one_writes(rank: Rank, *, num_prompts: int) -> None:
             rank.drain()
             rank.flush()
         assert rank.host_tokens == 960 * num_prompts * again
+
+
+def groups_share(rank: Rank, *, num_prompts: int) -> None:
+    """What one group for attention wrote comes back in the other, which never saw it."""
+    prompts = [Wish(tokens(seed, 1000)) for seed in range(num_prompts)]
+    for group in (0, 1):
+        if rank.group_number == group:
+            for prompt in prompts:
+                rank.serve(prompt)
+        rank.drain()
+    assert rank.host_tokens == 960 * num_prompts * rank.group_number
 
 
 def less_room(rank: Rank, *, num_tokens: int) -> None:
@@ -355,7 +379,7 @@ DISKS: dict[str, Callable[[FaultyTier, random.Random, int], None]] = {
     "failing": _failing,
 }
 PLAYS: dict[str, Callable[..., None]] = {
-    play.__name__: play for play in (requests, one_writes, less_room, stuck, divided)
+    play.__name__: play for play in (requests, one_writes, groups_share, less_room, stuck, divided)
 }
 
 
@@ -365,8 +389,7 @@ def main(number: int, size: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=size
     )
-    group = torch.distributed.group.WORLD
-    torch.distributed.barrier(group)
+    torch.distributed.barrier()
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -374,8 +397,7 @@ def main(number: int, size: int, folder: Path) -> None:
         for name in [name for name in os.environ if name.startswith("LMC_")]:
             del os.environ[name]
         os.environ.update(order["settings"])
-        rank_consensus_checker.configure([SimpleNamespace(cpu_group=group)])
-        rank = Rank(number, group, folder, replicated=order["replicated"])
+        rank = Rank(number, folder, **order["ranks"])
         PLAYS[order["play"]](rank, **order["arguments"])
         told = rank.close()
         rank_consensus_checker.shutdown()

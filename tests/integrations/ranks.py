@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 START_S, GRACE_S = 120.0, 10.0
 
 
-class RanksFailed(Exception):  # noqa: N818 - what happened, not what kind
+class RanksFailed(Exception):
     """Ranks diverged, hung or died; the text holds the end of what each said."""
 
 
@@ -70,12 +70,14 @@ class Ranks:
         settings: Sequence[Mapping[str, str]],
         *,
         limit_s: float,
-        replicated: bool = False,
+        ranks: Mapping[str, object] | None = None,
         **arguments: object,
     ) -> list[dict[str, Any]]:
-        """What each rank tells of play `name` with its own settings. Raises RanksFailed."""
+        """What each rank tells of play `name` with its own settings; `ranks` says how they are laid
+        out. Raises RanksFailed.
+        """
         for process, own in zip(self._processes, settings, strict=True):
-            order = {"play": name, "settings": own, "limit_s": limit_s, "replicated": replicated}
+            order = {"play": name, "settings": own, "limit_s": limit_s, "ranks": ranks or {}}
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # that it is dead shows below
                 process.stdin.write(json.dumps(order | {"arguments": arguments}).encode() + b"\n")

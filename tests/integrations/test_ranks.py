@@ -69,11 +69,32 @@ def test_a_prompt_comes_back_as_far_as_all_ranks_have_room(ranks: Ranks, tmp_pat
 
 def test_one_of_ranks_that_hold_the_same_writes_for_all(ranks: Ranks, tmp_path: Path) -> None:
     own = settings(tmp_path, 64, 8, wait_ms=20_000)
-    play = {"replicated": True, "num_prompts": 6}
-    writer, other = ranks.play("one_writes", own, limit_s=LIMIT_S, **play)
+    same = {"replicated": True}
+    writer, other = ranks.play("one_writes", own, limit_s=LIMIT_S, ranks=same, num_prompts=6)
     assert writer["stats"]["disk.written"] == 24
     assert "disk.written" not in other["stats"]
     assert other["stats"]["disk.hit"]
+
+
+def test_groups_for_attention_share_what_lies_below_ram(ranks: Ranks, tmp_path: Path) -> None:
+    """A rank each, as with as many groups as ranks: nobody agrees with anybody."""
+    own = settings(tmp_path, 64, 64, wait_ms=20_000)
+    first, second = ranks.play(
+        "groups_share", own, limit_s=LIMIT_S, ranks={"attn_dp_size": 2}, num_prompts=3
+    )
+    assert first["stats"]["disk.written"] == 12
+    assert "disk.written" not in second["stats"], "it was there"
+
+
+@pytest.mark.slow
+def test_equal_parts_of_groups_for_attention_are_one(tmp_path: Path) -> None:
+    """Two groups of two: rank 2 reads what rank 0 wrote, and rank 3 what rank 1 wrote."""
+    own = [one for one in settings(tmp_path, 64, wait_ms=20_000) for _ in range(4)]
+    with Ranks(tmp_path, 4) as ranks:
+        told = ranks.play(
+            "groups_share", own, limit_s=LIMIT_S, ranks={"attn_dp_size": 2}, num_prompts=3
+        )
+    assert [rank["stats"].get("disk.written", 0) for rank in told] == [12, 12, 0, 0]
 
 
 # --- of the harness itself
