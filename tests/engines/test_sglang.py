@@ -209,15 +209,32 @@ def two_ranks(launch: Callable[..., SglangServer]) -> Iterator[SglangServer]:
         *("--unified-cache-external-linker-backend", "dynamic"),
         *("--unified-cache-external-linker-config", json.dumps(LINKER)),
     )
-    with launch(*flags, LMC_RAM_GB="0.1", SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
+    settings = {
+        "LMC_RAM_GB": "0.1",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+        "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
+    }
+    with launch(*flags, **settings) as server:
         yield server
 
 
 class TestSwitchedOnByFlags:
-    """SGLang's own linker flags, on two ranks, with the user's page size."""
+    """SGLang's own linker flags, on two ranks, with the user's page size. SGLang ends ranks that
+    decide differently.
+    """
 
     def test_two_ranks_after_a_flush_as_the_engines_own_hit(self, two_ranks: SglangServer) -> None:
         prompt = tokens(1000, seed=11)
+        check(repeat(two_ranks, prompt), whole_pages(prompt, page=16))
+        assert "Rank consensus checker is enabled" in two_ranks.log.read_text()
+
+    def test_two_ranks_forget_alike_what_old_weights_computed(
+        self, two_ranks: SglangServer, tiny_llama: Path
+    ) -> None:
+        prompt = tokens(1000, seed=14)
+        repeat(two_ranks, prompt)
+        two_ranks.call("POST", "/update_weights_from_disk", {"model_path": str(tiny_llama)})
+        abandon(two_ranks, tokens(4000, seed=15))
         check(repeat(two_ranks, prompt), whole_pages(prompt, page=16))
 
     def test_the_users_page_size_stays(self, two_ranks: SglangServer) -> None:
