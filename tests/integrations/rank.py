@@ -117,11 +117,9 @@ class Rank:
             of=lambda *args, **more: Ranks.of(*args, **(more | {"replicated": replicated}))
         )
         lmc.tiers.guard.REST_S = 0.2  # so that a tier comes back within a test
-        model = folder / "model"
-        model.mkdir(exist_ok=True)
         args = msgspec.structs.replace(
             SERVER_ARGS,
-            model_path=str(make_model(model, b"weights")),
+            model_path=str(folder / "model"),
             tp_size=everybody,
             attn_dp_size=attn_dp_size,
         )
@@ -389,6 +387,9 @@ def main(number: int, size: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=size
     )
+    if number == 0:
+        (folder / "model").mkdir()
+        make_model(folder / "model", b"weights")
     torch.distributed.barrier()
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
