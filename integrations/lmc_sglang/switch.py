@@ -72,6 +72,8 @@ def _taken(args: Any) -> str:
         "--hicache-storage-backend": args.hicache_storage_backend is not None,
         "--enable-lmcache": args.enable_lmcache,
         "--pp-size above 1": args.pp_size > 1,
+        "--attn-cp-size above 1": args.attn_cp_size > 1,
+        "--dcp-size above 1": args.dcp_size > 1,
         **{flag: getattr(args, name) for flag, name in compat.EXCLUSIVE_FLAGS.items()},
     }
     return next((flag for flag, present in obstacles.items() if present), "")

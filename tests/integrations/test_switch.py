@@ -18,6 +18,9 @@ CASES = {
     "no radix cache": {"disable_radix_cache": True},
     "hicache": {"enable_hierarchical_cache": True},
     "own cache": {"radix_cache_backend": "mine"},
+    "stages": {"pp_size": 2},
+    "context in parts": {"tp_size": 2, "attn_cp_size": 2},
+    "decoded context in parts": {"tp_size": 2, "dcp_size": 2},
     "own linker": {
         "enable_unified_cache_external_linker": True,
         "unified_cache_external_linker_backend": "dynamic",
@@ -80,6 +83,9 @@ def test_switched_on(first, environment, without_lmc):
         "no radix cache": off["no radix cache"],
         "hicache": off["hicache"],
         "own cache": off["own cache"],
+        "stages": [1, None],
+        "context in parts": [1, None],
+        "decoded context in parts": [1, None],
         "own linker": [64, "Mine"],
     }
 
