@@ -50,6 +50,11 @@ SUITES = {
         ["tests/integrations/test_gpu.py", "tests/integrations/test_linker.py"],
         "sglang",
     ),
+    "ranks": Suite(
+        "integrations/lmc_sglang",
+        ["tests/integrations/test_identity.py", "tests/integrations/test_ranks.py"],
+        "sglang",
+    ),
     "vllm": Suite(
         "integrations/lmc_vllm",
         ["tests/integrations/vllm", "-m", "not slow and not gpu", "--benchmark-disable"],
