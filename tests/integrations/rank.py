@@ -111,6 +111,7 @@ class Rank:
         self.tiers: list[FaultyTier] = []
         self.waiting: list[tuple[Request, Wish]] = []
         self.host_tokens = 0
+        self._due = 0  # tokens that the batch under way will compute
         self._stale = False  # the device holds KV of weights that are no more
         lmc_sglang.linker.open_tiers = self._open_tiers
         lmc_sglang.linker.Ranks = SimpleNamespace(
@@ -142,6 +143,7 @@ class Rank:
                 self._abort(req)
         h.step()
         batch: list[Admitted] = []
+        self._due = 0
         for req, wish in coming:
             if wish.fate != "arrived":
                 batch += self._admit(req, wish, told)
@@ -173,6 +175,11 @@ class Rank:
             self.waiting.append((req, wish._replace(fate="served")))
             return []
         lock = cache.inc_lock_ref(node).to_dec_params()
+        rest = len(h.whole(wish.ids)) - device - host
+        if host + rest + self._due > h.alloc.available_size() + cache.evictable_size():
+            cache.dec_lock_ref(node, lock)
+            self.waiting.append((req, wish))
+            return []
         path = cache.path_device_indices(node)[:device] if device else _NOTHING
         if host:
             req.last_node = node
@@ -189,6 +196,7 @@ class Rank:
             self._free(slots)
             cache.dec_lock_ref(node, lock)
             return []
+        self._due += rest
         return [Admitted(wish, req, node, lock, path)]
 
     def _finish(self, one: Admitted, loaded: torch.Tensor) -> None:
@@ -245,7 +253,7 @@ class Rank:
     def compare(self, told: Sequence[int] = ()) -> None:
         """Raise AssertionError unless SGLang counts alike on every rank."""
         h, cache, calls = self.h, self.h.cache, self.h.store.snapshot()
-        own = torch.zeros(32, dtype=torch.int64)
+        own = torch.zeros(64, dtype=torch.int64)
         counts = [
             len(cache.linker.pending_offloads),
             len(cache.linker.hit_markers),
