@@ -106,10 +106,19 @@ class Lane:
     """One pool, its chunks and the store that holds them."""
 
     def __init__(
-        self, pool: DevicePool, layout: KVLayout, store: TieredStore, unit_pages: int
+        self,
+        pool: DevicePool,
+        layout: KVLayout,
+        store: TieredStore,
+        unit_pages: int,
+        *,
+        writes: bool = True,
     ) -> None:
-        """A prefix ends at multiples of `unit_pages` pages."""
+        """A prefix ends at multiples of `unit_pages` pages. Without `writes` another rank keeps
+        the same chunks below RAM for all.
+        """
         self.pool, self.layout, self.store = pool, layout, store
+        self.writes = writes
         self.kind = pool.kind
         self._unit = unit_pages
 

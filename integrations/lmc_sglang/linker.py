@@ -138,15 +138,15 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             )
         config = Config.from_env()
         config.refuse_unknown()
-        ranks = Ranks.of(server_args, params)
         described = pools.describe(params, components)
+        ranks = [Ranks.of(server_args, params, replicated=pool.replicated) for pool in described]
         self.forward_stream = forward_stream
         self.pools = dict.fromkeys(map(PoolName, (pool.name for pool in described)))
         self.pools[PoolName.KV] = params.token_to_kv_pool_allocator.get_kvcache()
         self.layer_done_counter = LayerCounter(max(pool.num_layers for pool in described))
         if any(pool.kind is Kind.STATE for pool in described):
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
-        self._ranks = ranks
+        self._agreeing = ranks[0].agreeing
         self._page_tokens = params.page_size
         self._is_eagle = bool(params.is_eagle)
         self._patience = Patience(config.stage_wait_s)
@@ -164,14 +164,14 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             layout_of(pool, params.page_size, config.chunk_tokens, any_page=any_page)
             for pool in described
         ]
-        ram_bytes = config.ram_bytes_of_rank(ranks.on_this_machine)
+        ram_bytes = config.ram_bytes_of_rank(ranks[0].on_this_machine)
         self.lanes = [
             Lane(
                 pool,
                 layout,
                 TieredStore(
                     layout,
-                    namespace_of(server_args, config, pool, layout, ranks),
+                    namespace_of(server_args, config, pool, layout, of_pool),
                     int(ram_bytes * share),
                     open_tiers(config),
                     stats=self.stats,
@@ -179,9 +179,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                     write_queue_bytes=config.write_queue_bytes // len(layouts),
                 ),
                 layouts[0].step_pages,
+                writes=of_pool.writes,
             )
-            for pool, layout, share in zip(
-                described, layouts, shares_of(layouts, described), strict=True
+            for pool, layout, of_pool, share in zip(
+                described, layouts, ranks, shares_of(layouts, described), strict=True
             )
         ]
         self._by_name = {PoolName(lane.pool.name): lane for lane in self.lanes}
@@ -406,7 +407,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                     continue
                 digests, first, slots = source
                 begin, chunks = lane.chunks(digests, first)
-                lease = lane.store.reserve(chunks)
+                lease = lane.store.reserve(chunks, spill=lane.writes)
                 if len(lease) < len(chunks) and not lane.covers(chunks, lease):
                     offload.kept = False
                 if lease:
@@ -542,7 +543,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         last = self._longest(digests, first, end)
         if last <= first:
             return []
-        if self._ranks.agreeing == 1:
+        if self._agreeing == 1:
             return [last]
         layout = self.lanes[0].layout
         chunk, step = layout.chunk_pages, layout.step_pages

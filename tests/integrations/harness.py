@@ -81,6 +81,7 @@ class Harness:
         page: int = 64,
         size: int = 8192,
         layout: str = "nhd",
+        group: torch.distributed.ProcessGroup | None = None,
         **arguments: object,
     ) -> None:
         self.page, self.server_args, self.size = page, server_args, size
@@ -90,6 +91,8 @@ class Harness:
             req_to_token_pool=self.make_table(size),
             token_to_kv_pool_allocator=self.alloc,
             page_size=page,
+            tp_cache_group=group,
+            attn_tp_cache_group=group,
             tree_components=self.components,
             **self.params_of(),
         )

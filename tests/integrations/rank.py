@@ -157,6 +157,13 @@ class Rank:
             self._finish(one, loads.get(one.req.rid, _NOTHING))
         self.compare(told)
 
+    def serve_whole(self, *arriving: Wish) -> None:
+        """Passes until nobody waits any more."""
+        self.serve(*arriving)
+        while self.waiting:
+            self.h.linker.nap()
+            self.serve()
+
     def _admit(self, req: Request, wish: Wish, told: list[int]) -> list[Admitted]:
         """Match, and ask for what was promised, unless it goes or waits; `told` is what all ranks
         must be told alike.
@@ -166,10 +173,14 @@ class Rank:
             h.match(req)  # by a policy that sorts by length, before the match that counts
         match = h.match(req)
         node, device, host = match.last_device_node, match.device_prefix_len, match.host_hit_length
-        told += [device, host]
+        waits = h.linker.passes_over(req.rid)
+        told += [device, host, waits]
         assert not (self._stale and host), "KV of weights that are no more"
         if wish.fate == "matched":
             self._abort(req)
+            return []
+        if waits:
+            self.waiting.append((req, wish))
             return []
         if wish.fate == "waiting":
             self.waiting.append((req, wish._replace(fate="served")))
@@ -314,7 +325,7 @@ def one_writes(rank: Rank, *, num_prompts: int) -> None:
     prompts = [Wish(tokens(seed, 1000)) for seed in range(num_prompts)]
     for again in (False, True):
         for prompt in prompts:
-            rank.serve(prompt)
+            rank.serve_whole(prompt)
             rank.drain()
             rank.flush()
         assert rank.host_tokens == 960 * num_prompts * again
@@ -326,7 +337,7 @@ def groups_share(rank: Rank, *, num_prompts: int) -> None:
     for group in (0, 1):
         if rank.group_number == group:
             for prompt in prompts:
-                rank.serve(prompt)
+                rank.serve_whole(prompt)
         rank.drain()
     assert rank.host_tokens == 960 * num_prompts * rank.group_number
 
@@ -334,9 +345,9 @@ def groups_share(rank: Rank, *, num_prompts: int) -> None:
 def less_room(rank: Rank, *, num_tokens: int) -> None:
     """A prompt that only some have room for comes back as far as all have it."""
     prompt = Wish(tokens(1, num_tokens))
-    rank.serve(prompt)
+    rank.serve_whole(prompt)
     rank.flush()
-    rank.serve(prompt)
+    rank.serve_whole(prompt)
 
 
 def stuck(rank: Rank, *, who: int) -> None:

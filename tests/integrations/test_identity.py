@@ -173,7 +173,7 @@ def test_a_group_that_spans_machines_has_a_writer_on_each():
 
 def test_equal_parts_share_a_namespace_and_others_do_not(harness):
     h = harness()
-    pool = pools.describe(h.params, set(h.params.tree_components))
+    pool = pools.describe(h.params, set(h.params.tree_components))[0]
 
     def digest(ranks: Ranks) -> bytes:
         return namespace_of(h.server_args, Config(), pool, h.store.layout, ranks).digest
