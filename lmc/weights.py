@@ -41,6 +41,9 @@ _CODE = ".py"
 """Models may bring code of their own."""
 _MAX_HEADER_BYTES = 100 << 20
 
+FolderState = dict[str, tuple[int, int, int, int]]
+"""Files by name: inode, size, times of writing and of changing in nanoseconds."""
+
 
 def name_of(
     model: str, version: str, revision: str | None, cache_dir: str | None, *, in_folder: bool
@@ -78,18 +81,32 @@ def model_folder(model: str, revision: str | None, cache_dir: str | None) -> Pat
 
 def fingerprint(folder: Path) -> str:
     """Hex digest of the weights in `folder`. Raises FileNotFoundError if there are none."""
-    files = sorted(folder.iterdir())
-    weights = [path for path in files if path.suffix in _WEIGHTS]
+    weights, configs = _files_that_count(folder)
     if not weights:
         raise FileNotFoundError(f"no weights ({', '.join(_WEIGHTS)}) in {folder}")
     digest = hashlib.sha256()
     for path in weights:
         digest.update(_digest_of_file(path))
-    for path in files:
-        if path.name in _CONFIGS or path.suffix == _CODE:
-            digest.update(hashlib.sha256(path.name.encode()).digest())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in configs:
+        digest.update(hashlib.sha256(path.name.encode()).digest())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def state_of(folder: Path) -> FolderState:
+    """What changes whenever a file that `fingerprint` reads is written, replaced or removed. Raises
+    OSError.
+    """
+    weights, configs = _files_that_count(folder)
+    stats = {path.name: path.stat() for path in weights + configs}
+    return {n: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats.items()}
+
+
+def _files_that_count(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files with weights, and files with what else is digested."""
+    files = sorted(folder.iterdir())
+    configs = [path for path in files if path.name in _CONFIGS or path.suffix == _CODE]
+    return [path for path in files if path.suffix in _WEIGHTS], configs
 
 
 def _digest_of_file(path: Path) -> bytes:

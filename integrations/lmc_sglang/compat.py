@@ -29,6 +29,11 @@ _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInter
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_REQUEST = "sglang.srt.managers.schedule_batch.Req"
+_LORA = "sglang.srt.lora.lora_manager.LoRAManager"
+_LORA_COPY = "sglang.srt.lora.mem_pool.LoRAMemoryPool.load_lora_weight_to_buffer"
+_LORA_ARGUMENTS = "sglang.srt.arg_groups.lora_hook.check_lora_server_args"
+_LORA_CONTROL = "sglang.srt.managers.tokenizer_control_mixin"
 
 EXCLUSIVE_FLAGS = {
     "--enable-unified-memory": "enable_unified_memory",
@@ -71,17 +76,52 @@ SIGNATURES = {
     f"{_WEIGHTS}.begin_weight_update": None,
     f"{_WEIGHTS}.end_weight_update": None,
     "sglang.srt.mem_cache.utils.get_storage_hash_str": ("key", "prior_hash", "page_size"),
+    f"{_REQUEST}.__init__": None,
+    f"{_LORA}.load_lora_adapter": ("self", "lora_ref"),
+    f"{_LORA}.load_lora_adapter_from_tensors": (
+        *("self", "lora_ref", "tensors"),
+        *("config_dict", "added_tokens_config"),
+    ),
+    f"{_LORA}.unload_lora_adapter": ("self", "lora_ref"),
+    f"{_LORA}.create_lora_update_result": ("self", "success", "error_message"),
+    _LORA_COPY: (
+        *("self", "uid", "buffer_id", "lora_adapter"),
+        *("lora_modules", "lora_embed_tokens_module", "lora_lm_head_module"),
+    ),
+    _LORA_ARGUMENTS: ("server_args",),
+    f"{_LORA_CONTROL}.LoRARef": ("lora_id", "lora_name", "lora_path", "pinned"),
 }
 """What is hooked or called, with the parameters it must have (None: any)."""
 
 COUNTER_NAMES = frozenset({"num_layers", "consumer_index", "set_consumer", "wait_until"})
 """What SGLang's pools, runners and workers use of a linker's counter of layers."""
 
-TREE_METHODS = ("collect_path_info", "get_hash_values", "get_component_device_value")
+TREE_METHODS = (
+    "collect_path_info",
+    "get_component_device_value",
+    "get_hash_values",
+    "prefetch_anchor_info",
+)
 WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEIGHTS))
+TENSORS = "__tensor__"
+"""The path that SGLang gives to adapters that come as tensors."""
 
 Declare = Callable[..., None]
 Resolver = Callable[[Any, Declare], None]
+
+
+class AdapterNames(Protocol):
+    """Who gives adapters their ids; `None`: SGLang's own."""
+
+    def id_of(self, name: str, path: str) -> str | None: ...
+
+
+class AdapterListener(Protocol):
+    """What becomes of adapters in a scheduler process."""
+
+    def loaded(self, ref: Any) -> str: ...
+    def copied(self, lora_id: str | None) -> None: ...
+    def apart(self, extra_key: str) -> str: ...
 
 
 class Listener(Protocol):
@@ -93,6 +133,8 @@ class Listener(Protocol):
     def passes_over(self, rid: str) -> bool: ...
     def nap(self) -> None: ...
     def prefilled(self, tokens: int, seconds: float) -> None: ...
+    @property
+    def adapters(self) -> AdapterListener: ...
     def offload_begins(self, cache: Any, node_id: int) -> None: ...
     def request_arrived(self, req: Any) -> None: ...
     def request_aborted(self, rid: str) -> None: ...
@@ -251,9 +293,7 @@ def listen(listener: Listener) -> None:
     _listener = listener
     if _hooked:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    hooks = {
+    hooks: dict[str, Callable[..., Any]] = {
         f"{WRAPPER}.match": _on_match,
         f"{WRAPPER}._sync_restorable_prefix": _on_agreement,
         f"{_ADDER}.add_one_req": _on_admission,
@@ -263,7 +303,18 @@ def listen(listener: Listener) -> None:
         f"{_SCHEDULER}._prefetch_kvcache": _on_arrival,
         f"{_STATE}.get_internal_state": _on_internal_state,
         **dict.fromkeys(WEIGHT_CHANGES, _on_weights),
+        f"{_REQUEST}.__init__": _on_request,
+        f"{_LORA}.load_lora_adapter": _on_adapter,
+        f"{_LORA}.load_lora_adapter_from_tensors": _on_adapter,
+        _LORA_COPY: _on_adapter_copy,
     }
+    _hook(hooks)
+    _hooked = True
+
+
+def _hook(hooks: dict[str, Callable[..., Any]]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     before = {target: pkgutil.resolve_name(target) for target in hooks}
     for target, hook in hooks.items():
         HookRegistry.register(target, hook, HookType.AROUND)
@@ -273,7 +324,6 @@ def listen(listener: Listener) -> None:
         raise RuntimeError(
             f"another plugin hooked these first, and SGLang ignored ours: {', '.join(lost)}"
         )
-    _hooked = True
 
 
 def stop_listening(listener: Listener) -> None:
@@ -388,3 +438,82 @@ def _on_internal_state(orig: Any, *args: Any, **kwargs: Any) -> Any:
     if _listener is not None:
         output.internal_state["lmc"] = _listener.snapshot()
     return output
+
+
+# --- adapters: SGLang joins an adapter's id to the extra key of its requests
+
+
+_names_for: Callable[[Any], AdapterNames | None] | None = None
+_names: AdapterNames | None = None
+"""Of the engine that this process launched last; SGLang's own context is as global."""
+
+
+def on_adapters(names_for: Callable[[Any], AdapterNames | None]) -> None:
+    """Let `names_for(resolved arguments)` give ids to the adapters of every engine that this
+    process launches from now on; they travel with SGLang's references to adapters.
+    """
+    global _names_for
+    if _names_for is None:
+        _hook({_LORA_ARGUMENTS: _on_adapter_arguments})
+        # An official hook would take the place of this class in every module that knows it.
+        pkgutil.resolve_name(_LORA_CONTROL).LoRARef = _new_adapter
+    _names_for = names_for
+
+
+def _on_adapter_arguments(orig: Any, server_args: Any) -> Any:
+    global _names
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    result = orig(server_args)
+    args = resolving_view(server_args)
+    _names = _names_for(args) if _names_for is not None and args.enable_lora else None
+    if args.enable_lora:
+        declare_resolution(server_args, "lmc", lora_paths=[_named(ref) for ref in args.lora_paths])
+    return result
+
+
+def _new_adapter(**fields: Any) -> Any:
+    """Stands for SGLang's reference where it makes one for an adapter to be loaded."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    return _named(LoRARef(**fields))
+
+
+def _named(ref: Any) -> Any:
+    name, path = ref.lora_name, ref.lora_path
+    lora_id = _names.id_of(name, path) if _names is not None else None
+    return ref if lora_id is None else type(ref)(lora_id, name, path, ref.pinned)
+
+
+def lora_settings() -> Any:
+    """As they were resolved: `enable_lora`, `lora_paths`, `lora_target_modules`."""
+    from sglang.srt.runtime_context import get_lora
+
+    return get_lora()
+
+
+def extra_key_of(tree: Any, node_id: int) -> str | None:
+    extra_key: str | None = tree.prefetch_anchor_info(node_id)[0]
+    return extra_key
+
+
+def _on_request(orig: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    orig(req, *args, **kwargs)
+    if _listener is not None and req.extra_key and req.lora_id is None:
+        req.extra_key = _listener.adapters.apart(req.extra_key)
+
+
+def _on_adapter(orig: Any, manager: Any, lora_ref: Any, *args: Any, **kwargs: Any) -> Any:
+    result = orig(manager, lora_ref, *args, **kwargs)
+    changed = _listener.adapters.loaded(lora_ref) if _listener and result.success else ""
+    if not changed:
+        return result
+    manager.unload_lora_adapter(lora_ref)
+    return manager.create_lora_update_result(success=False, error_message=changed)
+
+
+def _on_adapter_copy(orig: Any, pool: Any, uid: str | None, *args: Any, **kwargs: Any) -> Any:
+    result = orig(pool, uid, *args, **kwargs)
+    if _listener is not None:
+        _listener.adapters.copied(uid)
+    return result

@@ -132,9 +132,6 @@ def namespace_of(
             **layout.describe(),
         }
     )
-    if server_args.enable_lora or server_args.lora_paths:
-        log.warning("lmc does not tell the contents of LoRA adapters apart: chunks stay here")
-        return namespace.next_generation()
     if weights:
         return namespace
     log.warning(

@@ -38,6 +38,7 @@ from lmc.tiers import open_tiers
 from lmc.transfer import Job, Transfer, copier_of, resolve
 
 from . import compat, pools
+from .adapters import Adapters
 from .identity import Ranks, namespace_of
 from .lanes import Lane, Move, layout_of, shares_of
 from .layers import LayerCounter
@@ -147,6 +148,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         if any(pool.kind is Kind.STATE for pool in described):
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
         self._agreeing = ranks[0].agreeing
+        self.adapters = Adapters()
         self._page_tokens = params.page_size
         self._is_eagle = bool(params.is_eagle)
         self._patience = Patience(config.stage_wait_s)
@@ -258,7 +260,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
             key, _ = key.maybe_to_bigram_view(self._is_eagle)
             num_tokens = (len(key) - 1) // page * page
-            if num_tokens > 0:
+            if num_tokens > 0 and self.adapters.lasting(req.lora_id):
                 digests = get_storage_hash_str(key[:num_tokens], None, page_size=page)
                 full, *others = self.lanes
                 arrival = _Arrival(digests, [full.store.stage(full.steps(digests, 0)[1])])
@@ -400,6 +402,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             cache, node_id = node
             path = cache.tree_core.collect_path_info([node_id])[0]
             offload, moves = _Offload(kept=True), []
+            lasting = self.adapters.lasting_node(cache.tree_core, node_id)
             for transfer in transfers:
                 lane = self._by_name[transfer.name]
                 source = self._source(lane, cache, path, transfer, offload)
@@ -407,7 +410,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                     continue
                 digests, first, slots = source
                 begin, chunks = lane.chunks(digests, first)
-                lease = lane.store.reserve(chunks, spill=lane.writes)
+                lease = lane.store.reserve(chunks, spill=lane.writes and lasting)
                 if len(lease) < len(chunks) and not lane.covers(chunks, lease):
                     offload.kept = False
                 if lease:

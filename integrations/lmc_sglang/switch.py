@@ -15,6 +15,7 @@ from typing import Any
 from lmc.config import Config
 
 from . import compat
+from .adapters import Names
 
 log = logging.getLogger("lmc")
 
@@ -49,6 +50,8 @@ def _declare_page_size(args: Any, declare: compat.Declare) -> None:
 
 
 def _declare_linker(args: Any, declare: compat.Declare) -> None:
+    if args.enable_lora or args.lora_paths:
+        compat.on_adapters(_adapter_names)
     if args.enable_unified_cache_external_linker:
         return
     if taken := _taken(args):
@@ -59,6 +62,13 @@ def _declare_linker(args: Any, declare: compat.Declare) -> None:
         unified_cache_external_linker_backend="dynamic",
         unified_cache_external_linker_config=LINKER,
     )
+
+
+def _adapter_names(args: Any) -> Names | None:
+    """Where lmc is the linker, and no other machine gives the same adapter an id of its own."""
+    linker = args.unified_cache_external_linker_config or {}
+    ours = linker.get("linker_module_path") == LINKER["linker_module_path"]
+    return Names(args) if ours and args.nnodes == 1 else None
 
 
 def _taken(args: Any) -> str:

@@ -31,7 +31,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmc.keys import Key
-from lmc.weights import fingerprint, model_folder
+from lmc.weights import fingerprint, model_folder, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,14 +135,11 @@ class Adapters:
         """
         try:
             folder = model_folder(os.path.expanduser(files.path), None, None)
-            stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
-            state = {
-                n: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats.items()
-            }
+            state = state_of(folder)
             known = self._seen.pop(files, None)
             if known is None or known[0] != state:
                 known = state, digest_of(folder, is_3d=files.is_3d)
-            if time.time() - max(stat.st_ctime for stat in stats.values()) > SETTLED_S:
+            if time.time() - max(changed_ns for *_, changed_ns in state.values()) / 1e9 > SETTLED_S:
                 self._seen[files] = known
         except (OSError, ValueError) as error:
             log.info("lmc cannot tell adapter %s apart from others: %s", files.path, error)

@@ -53,6 +53,7 @@ class Request(SimpleNamespace):
             output_ids=array("q"),
             extra_key=None,
             cache_salt=None,
+            lora_id=None,
         )
         self.__dict__.update(more)
 

@@ -175,7 +175,7 @@ def test_unknown_weights_stay_in_the_process(harness, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"load_format": "dummy"}, {"load_format": "remote_instance"}, {"enable_lora": True}],
+    [{"load_format": "dummy"}, {"load_format": "remote_instance"}],
     ids=str,
 )
 def test_weights_that_the_folder_does_not_tell_stay_in_the_process(harness, arguments):

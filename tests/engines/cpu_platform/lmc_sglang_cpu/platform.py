@@ -23,7 +23,9 @@ class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
         from .attention import extend
+        from .pinning import do_without
 
+        do_without()
         TorchNativeAttnBackend._run_sdpa_forward_extend = extend
 
     def post_load_model(self, model: object) -> None:
