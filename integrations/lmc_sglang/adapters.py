@@ -60,9 +60,9 @@ def modules_of(settings: Any) -> list[str] | None:
         try:
             config = json.loads(Path(ref.lora_path, "adapter_config.json").read_bytes())
             targets = config["target_modules"]
+            listed.update([targets] if isinstance(targets, str) else targets)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        listed.update([targets] if isinstance(targets, str) else targets)
     return sorted(listed)
 
 
