@@ -55,6 +55,7 @@ SUITES = {
         ["tests/integrations/test_identity.py", "tests/integrations/test_ranks.py"],
         "sglang",
     ),
+    "tenants": Suite("integrations/lmc_sglang", ["tests/integrations/test_tenants.py"], "sglang"),
     "vllm": Suite(
         "integrations/lmc_vllm",
         ["tests/integrations/vllm", "-m", "not slow and not gpu", "--benchmark-disable"],

@@ -451,9 +451,12 @@ _names: AdapterNames | None = None
 def on_adapters(names_for: Callable[[Any], AdapterNames | None]) -> None:
     """Let `names_for(resolved arguments)` give ids to the adapters of every engine that this
     process launches from now on; they travel with SGLang's references to adapters.
+
+    Raises RuntimeError as `check` and `listen` do.
     """
     global _names_for
     if _names_for is None:
+        check()
         _hook({_LORA_ARGUMENTS: _on_adapter_arguments})
         # An official hook would take the place of this class in every module that knows it.
         pkgutil.resolve_name(_LORA_CONTROL).LoRARef = _new_adapter
@@ -467,7 +470,7 @@ def _on_adapter_arguments(orig: Any, server_args: Any) -> Any:
     result = orig(server_args)
     args = resolving_view(server_args)
     _names = _names_for(args) if _names_for is not None and args.enable_lora else None
-    if args.enable_lora:
+    if _names is not None:
         declare_resolution(server_args, "lmc", lora_paths=[_named(ref) for ref in args.lora_paths])
     return result
 

@@ -20,9 +20,10 @@ from .adapters import Names
 log = logging.getLogger("lmc")
 
 PAGE_TOKENS = 64
+LINKER_MODULE = "lmc_sglang.linker"
 LINKER = {
     "linker": "LmcLinker",
-    "linker_module_path": "lmc_sglang.linker",
+    "linker_module_path": LINKER_MODULE,
     "linker_extra_config": {},
 }
 
@@ -50,25 +51,30 @@ def _declare_page_size(args: Any, declare: compat.Declare) -> None:
 
 
 def _declare_linker(args: Any, declare: compat.Declare) -> None:
-    if args.enable_lora or args.lora_paths:
-        compat.on_adapters(_adapter_names)
     if args.enable_unified_cache_external_linker:
-        return
-    if taken := _taken(args):
+        on = _is_ours(args)
+    elif taken := _taken(args):
         log.warning("lmc stays off: it cannot run with %s", taken)
         return
-    declare(
-        enable_unified_cache_external_linker=True,
-        unified_cache_external_linker_backend="dynamic",
-        unified_cache_external_linker_config=LINKER,
-    )
+    else:
+        declare(
+            enable_unified_cache_external_linker=True,
+            unified_cache_external_linker_backend="dynamic",
+            unified_cache_external_linker_config=LINKER,
+        )
+        on = True
+    if on and (args.enable_lora or args.lora_paths):
+        compat.on_adapters(_adapter_names)
+
+
+def _is_ours(args: Any) -> bool:
+    linker = args.unified_cache_external_linker_config
+    return isinstance(linker, dict) and linker.get("linker_module_path") == LINKER_MODULE
 
 
 def _adapter_names(args: Any) -> Names | None:
-    """Where lmc is the linker, and no other machine gives the same adapter an id of its own."""
-    linker = args.unified_cache_external_linker_config or {}
-    ours = linker.get("linker_module_path") == LINKER["linker_module_path"]
-    return Names(args) if ours and args.nnodes == 1 else None
+    """Where lmc is the linker, and no other machine gives the same adapters ids of its own."""
+    return Names(args) if _is_ours(args) and args.nnodes == 1 else None
 
 
 def _taken(args: Any) -> str:

@@ -20,7 +20,8 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from lmc.tiers.disk import DiskTier
 from lmc.tiers.ram import RamTier
 from lmc_sglang import compat
-from lmc_sglang.adapters import Adapters, Names, id_of, modules_of
+from lmc_sglang.adapters import MARK, Adapters, Names, id_of, modules_of
+from lmc_sglang.switch import LINKER, _adapter_names
 from tests.integrations.auc import auc
 from tests.integrations.harness import tokens
 
@@ -339,6 +340,28 @@ def test_files_that_changed_when_weights_are_taken_from_them(harness, tmp_path, 
     assert h.store.stats.snapshot().get("disk.written", 0) == (3 if change == "left alone" else 0)
     h.flush()
     assert h.run(PROMPT, **with_adapter(ref)) == WHOLE
+    assert h.linker.adapters.lasting(ref.lora_id) == (change == "left alone")
+
+
+def test_a_reference_made_for_a_load_has_the_id_by_content(tmp_path, monkeypatch):
+    folder, names = make_adapter(tmp_path / "a"), Names(Settings())
+    fields = {"lora_name": "a", "lora_path": str(folder), "pinned": True}
+    own = compat._new_adapter(**fields)
+    assert not own.lora_id.startswith(MARK)
+    monkeypatch.setattr(compat, "_names", names)
+    ref = compat._new_adapter(**fields)
+    assert ref == LoRARef(lora_id=id_of("a", folder, ["q_proj"]), **fields)
+    tensors = compat._new_adapter(lora_name="a", lora_path=compat.TENSORS, pinned=False)
+    assert not tensors.lora_id.startswith(MARK)
+
+
+@pytest.mark.parametrize(
+    ("linker", "nnodes", "named"),
+    [(LINKER, 1, True), (LINKER, 2, False), ({**LINKER, "linker_module_path": "mine"}, 1, False)],
+)
+def test_adapters_are_named_where_lmc_is_the_linker_of_one_machine(linker, nnodes, named):
+    args = Settings(unified_cache_external_linker_config=linker, nnodes=nnodes)
+    assert (_adapter_names(args) is not None) == named
 
 
 class FakeReq:
