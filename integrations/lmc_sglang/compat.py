@@ -13,7 +13,7 @@ import inspect
 import logging
 import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -106,6 +106,38 @@ WEIGHT_CHANGES = tuple(target for target in SIGNATURES if target.startswith(_WEI
 TENSORS = "__tensor__"
 """The path that SGLang gives to adapters that come as tensors."""
 
+_HICACHE = "sglang.srt.managers.cache_controller.HiCacheController"
+_STORAGE = "sglang.srt.mem_cache.hicache_storage.HiCacheStorage"
+_HOST_POOLS = "sglang.srt.mem_cache.pool_host"
+
+STORAGE_METHODS = frozenset({"get", "batch_get", "set", "batch_set", "exists"})
+HICACHE_SIGNATURES = {
+    f"{_HICACHE}.reset": ("self",),
+    f"{_HICACHE}._page_get_zero_copy": (
+        "self",
+        "operation",
+        "hash_values",
+        "host_indices",
+        "extra_info",
+    ),
+    f"{_HICACHE}._page_set_zero_copy": ("self", "hash_values", "host_indices", "extra_info"),
+    f"{_STORAGE}.register_mem_pool_host": ("self", "mem_pool_host"),
+    f"{_STORAGE}.register_mem_host_pool_v2": ("self", "host_pool", "host_pool_name"),
+    f"{_STORAGE}.on_host_pools_registered": ("self",),
+    f"{_STORAGE}.batch_exists": ("self", "keys", "extra_info"),
+    f"{_STORAGE}.batch_get_v1": ("self", "keys", "host_indices", "extra_info"),
+    f"{_STORAGE}.batch_set_v1": ("self", "keys", "host_indices", "extra_info"),
+    f"{_STORAGE}.batch_exists_v2": ("self", "keys", "pool_transfers", "extra_info"),
+    f"{_STORAGE}.batch_get_v2": ("self", "transfers", "extra_info"),
+    f"{_STORAGE}.batch_set_v2": ("self", "transfers", "extra_info"),
+    f"{_HOST_POOLS}.mha.MHATokenToKVPoolHost.get_page_buffer_meta": ("self", "indices"),
+    f"{_HOST_POOLS}.mha.AsymmetricMHATokenToKVPoolHost.get_page_buffer_meta": ("self", "indices"),
+    f"{_HOST_POOLS}.mla.MLATokenToKVPoolHost.get_page_buffer_meta": ("self", "indices"),
+    "sglang.srt.runtime_context.get_server_args": (),
+    **{t: SIGNATURES[t] for t in (f"{_STATE}.get_internal_state", *WEIGHT_CHANGES)},
+}
+"""What the storage of HiCache rests on, as above."""
+
 Declare = Callable[..., None]
 Resolver = Callable[[Any, Declare], None]
 
@@ -124,7 +156,14 @@ class AdapterListener(Protocol):
     def apart(self, extra_key: str) -> str: ...
 
 
-class Listener(Protocol):
+class Keeper(Protocol):
+    """What whoever keeps KV wants to hear of."""
+
+    def weights_changed(self) -> None: ...
+    def snapshot(self) -> dict[str, float]: ...
+
+
+class Listener(Keeper, Protocol):
     """What a linker wants to hear of."""
 
     def match_begins(self, rid: str | None, device_pages: int) -> None: ...
@@ -138,14 +177,20 @@ class Listener(Protocol):
     def offload_begins(self, cache: Any, node_id: int) -> None: ...
     def request_arrived(self, req: Any) -> None: ...
     def request_aborted(self, rid: str) -> None: ...
-    def weights_changed(self) -> None: ...
-    def snapshot(self) -> dict[str, float]: ...
 
 
+class HiCacheListener(Keeper, Protocol):
+    """What the storage of HiCache wants to hear of."""
+
+    def tree_flushed(self) -> None: ...
+
+
+_keeper: Keeper | None = None  # the linker or the storage, never both
 _listener: Listener | None = None
-_hooked = False
 _matched: str | None = None  # the request that is matched
 _last_result = 0.0
+_storage: HiCacheListener | None = None
+_hooked: set[str] = set()
 
 
 def check() -> None:
@@ -165,7 +210,20 @@ def check() -> None:
         for name in TREE_METHODS
         if not hasattr(UnifiedTreeCoreInterface, name)
     ]
-    for target, expected in SIGNATURES.items():
+    _refuse(wrong + _changed(SIGNATURES))
+
+
+def check_hicache() -> None:
+    """As `check`, of what the storage of HiCache rests on."""
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
+
+    methods = HiCacheStorage.__abstractmethods__ ^ STORAGE_METHODS
+    _refuse([f"storage method {name}" for name in methods] + _changed(HICACHE_SIGNATURES))
+
+
+def _changed(signatures: Mapping[str, tuple[str, ...] | None]) -> list[str]:
+    wrong: list[str] = []
+    for target, expected in signatures.items():
         try:
             found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
         except (ImportError, AttributeError):
@@ -173,6 +231,10 @@ def check() -> None:
             continue
         if expected is not None and found != expected:
             wrong.append(f"{target}({', '.join(found)})")
+    return wrong
+
+
+def _refuse(wrong: Sequence[str]) -> None:
     version = importlib.metadata.version("sglang")
     if wrong:
         raise RuntimeError(
@@ -285,51 +347,70 @@ def hold(cache: Any, ancestors: Any, low: int) -> Callable[[], None]:
     return let_go
 
 
+def server_args() -> Any:
+    """The arguments of this process's engine, for what is built without them."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return get_server_args()
+
+
 def listen(listener: Listener) -> None:
     """Hook this process, once, and dispatch to `listener` from now on. Raises RuntimeError if a
     hook did not take.
     """
-    global _listener, _hooked
-    _listener = listener
-    if _hooked:
-        return
-    hooks: dict[str, Callable[..., Any]] = {
-        f"{WRAPPER}.match": _on_match,
-        f"{WRAPPER}._sync_restorable_prefix": _on_agreement,
-        f"{_ADDER}.add_one_req": _on_admission,
-        f"{_SCHEDULER}.process_batch_result": _on_result,
-        f"{WRAPPER}._offload_node": _on_offload,
-        f"{WRAPPER}.release_request": _on_release,
-        f"{_SCHEDULER}._prefetch_kvcache": _on_arrival,
+    global _keeper, _listener, _storage
+    _keeper, _listener, _storage = listener, listener, None
+    _hook(
+        {
+            f"{WRAPPER}.match": _on_match,
+            f"{WRAPPER}._sync_restorable_prefix": _on_agreement,
+            f"{WRAPPER}._offload_node": _on_offload,
+            f"{WRAPPER}.release_request": _on_release,
+            f"{_ADDER}.add_one_req": _on_admission,
+            f"{_SCHEDULER}.process_batch_result": _on_result,
+            f"{_SCHEDULER}._prefetch_kvcache": _on_arrival,
+            f"{_REQUEST}.__init__": _on_request,
+            f"{_LORA}.load_lora_adapter": _on_adapter,
+            f"{_LORA}.load_lora_adapter_from_tensors": _on_adapter,
+            _LORA_COPY: _on_adapter_copy,
+            **_keepers_hooks(),
+        }
+    )
+
+
+def listen_to_hicache(storage: HiCacheListener) -> None:
+    """As `listen`, for the storage of HiCache."""
+    global _keeper, _listener, _storage
+    _keeper, _listener, _storage = storage, None, storage
+    _hook({f"{_HICACHE}.reset": _on_flush, **_keepers_hooks()})
+
+
+def stop_listening(keeper: Keeper) -> None:
+    global _keeper, _listener, _storage
+    if _keeper is keeper:
+        _keeper = _listener = _storage = None
+
+
+def _keepers_hooks() -> dict[str, Callable[..., Any]]:
+    return {
         f"{_STATE}.get_internal_state": _on_internal_state,
         **dict.fromkeys(WEIGHT_CHANGES, _on_weights),
-        f"{_REQUEST}.__init__": _on_request,
-        f"{_LORA}.load_lora_adapter": _on_adapter,
-        f"{_LORA}.load_lora_adapter_from_tensors": _on_adapter,
-        _LORA_COPY: _on_adapter_copy,
     }
-    _hook(hooks)
-    _hooked = True
 
 
 def _hook(hooks: dict[str, Callable[..., Any]]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    before = {target: pkgutil.resolve_name(target) for target in hooks}
-    for target, hook in hooks.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
+    before = {target: pkgutil.resolve_name(target) for target in hooks if target not in _hooked}
+    for target in before:
+        HookRegistry.register(target, hooks[target], HookType.AROUND)
     HookRegistry.apply_hooks()
-    lost = [target for target in hooks if pkgutil.resolve_name(target) is before[target]]
+    lost = [target for target in before if pkgutil.resolve_name(target) is before[target]]
     if lost:
         raise RuntimeError(
             f"another plugin hooked these first, and SGLang ignored ours: {', '.join(lost)}"
         )
-
-
-def stop_listening(listener: Listener) -> None:
-    global _listener
-    if _listener is listener:
-        _listener = None
+    _hooked.update(before)
 
 
 # Hooks call the original exactly once whatever happens: it holds SGLang's reductions over ranks.
@@ -428,15 +509,15 @@ def _on_arrival(orig: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) 
 
 
 def _on_weights(orig: Any, *args: Any, **kwargs: Any) -> Any:
-    if _listener is not None:
-        _listener.weights_changed()
+    if _keeper is not None:
+        _keeper.weights_changed()
     return orig(*args, **kwargs)
 
 
 def _on_internal_state(orig: Any, *args: Any, **kwargs: Any) -> Any:
     output = orig(*args, **kwargs)
-    if _listener is not None:
-        output.internal_state["lmc"] = _listener.snapshot()
+    if _keeper is not None:
+        output.internal_state["lmc"] = _keeper.snapshot()
     return output
 
 
@@ -519,4 +600,11 @@ def _on_adapter_copy(orig: Any, pool: Any, uid: str | None, *args: Any, **kwargs
     result = orig(pool, uid, *args, **kwargs)
     if _listener is not None:
         _listener.adapters.copied(uid)
+    return result
+
+
+def _on_flush(orig: Any, controller: Any) -> Any:
+    result = orig(controller)
+    if _storage is not None:
+        _storage.tree_flushed()
     return result

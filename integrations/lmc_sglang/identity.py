@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,8 +19,6 @@ from . import compat
 if TYPE_CHECKING:
     from lmc.config import Config
     from lmc.layout import KVLayout
-
-    from .pools import DevicePool
 
 log = logging.getLogger("lmc")
 
@@ -87,16 +85,24 @@ class Ranks:
             rank=0 if replicated else rank,
             size=1 if replicated else len(members),
             agreeing=len(members),
-            on_this_machine=_ranks_of_a_machine(args),
+            on_this_machine=ranks_of_a_machine(server_args),
             writes=not replicated or rank == first,
         )
 
 
-def _ranks_of_a_machine(args: Any) -> int:
+class Described(Protocol):
+    """A pool of the engine's, as far as its chunks' names go."""
+
+    @property
+    def fields(self) -> dict[str, str]: ...
+
+
+def ranks_of_a_machine(server_args: Any) -> int:
     """Ranks of data-parallel attention and of experts are ranks of the tensor-parallel group;
-    data-parallel replicas have such a group each.
+    data-parallel replicas have such a group each, and so have pipeline stages.
     """
-    return max(1, int(args.tp_size * args.dp_size // args.nnodes))
+    args = compat.resolved(server_args)
+    return max(1, int(args.tp_size * args.pp_size * args.dp_size // args.nnodes))
 
 
 def _machine_of(args: Any, rank: int) -> int:
@@ -105,7 +111,7 @@ def _machine_of(args: Any, rank: int) -> int:
 
 
 def namespace_of(
-    server_args: Any, config: Config, pool: DevicePool, layout: KVLayout, ranks: Ranks
+    server_args: Any, config: Config, pool: Described, layout: KVLayout, ranks: Ranks
 ) -> Namespace:
     """Everything that changes the bytes of this rank's chunks, apart from the tokens."""
     weights = weights_name(
@@ -142,7 +148,7 @@ def namespace_of(
     return namespace.next_generation()
 
 
-def _draft_weights(server_args: Any, config: Config, pool: DevicePool) -> str | None:
+def _draft_weights(server_args: Any, config: Config, pool: Described) -> str | None:
     """What tells the weights of a draft model whose KV is kept beside the model's apart; "" without
     one, None if nothing does.
     """

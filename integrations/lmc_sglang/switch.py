@@ -26,6 +26,9 @@ LINKER = {
     "linker_module_path": LINKER_MODULE,
     "linker_extra_config": {},
 }
+HICACHE = "lmc_sglang.hicache"
+_BELOW = f"; it can be the storage of HiCache instead: backend dynamic, module {HICACHE}"
+HINTS = {"--enable-hierarchical-cache": _BELOW, "--hicache-storage-backend": _BELOW}
 
 _on = False
 
@@ -54,7 +57,10 @@ def _declare_linker(args: Any, declare: compat.Declare) -> None:
     if args.enable_unified_cache_external_linker:
         on = _is_ours(args)
     elif taken := _taken(args):
-        log.warning("lmc stays off: it cannot run with %s", taken)
+        if HICACHE in (args.hicache_storage_backend_extra_config or ""):
+            log.info("lmc is the storage of HiCache; its linker stays off")
+        else:
+            log.warning("lmc stays off: it cannot run with %s%s", taken, HINTS.get(taken, ""))
         return
     else:
         declare(
