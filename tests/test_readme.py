@@ -168,15 +168,26 @@ def test_sglang_knows_the_flags() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}"}
     command = [sys.executable, str(ROOT / "examples" / "launch_sglang.py"), "--help"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    names = set(re.split(r"[\s,\[\]]+", shown.stdout))
     used = [words for words in map(shlex.split, commands()) if "--model-path" in words]
-    assert len(used) == 4
+    assert len(used) == 5
     for words in used:
-        assert {word for word in words if word.startswith("--")} <= set(shown.stdout.split())
+        assert {word for word in words if word.startswith("--")} <= names
         if "--unified-cache-external-linker-config" in words:
             text = words[words.index("--unified-cache-external-linker-config") + 1]
             from lmc_sglang.switch import LINKER
 
             assert LINKER.items() >= json.loads(text).items()
+        if "--hicache-storage-backend-extra-config" in words:
+            text = words[words.index("--hicache-storage-backend-extra-config") + 1]
+            from lmc_sglang.hicache import LmcHiCache
+
+            given = json.loads(text)
+            assert (given["module_path"], given["class_name"]) == (
+                LmcHiCache.__module__,
+                LmcHiCache.__name__,
+            )
+            assert given["interface_v1"] == 1
 
 
 # --- what it says

@@ -77,6 +77,11 @@ class LmcHiCache(HiCacheStorage):  # type: ignore[misc]
         """All pools are known and served: open the tiers."""
         config, pool, args = self._config, self._pool, compat.server_args()
         settings = self._settings
+        if settings.is_mla_model and settings.tp_size > 1 and not config.tiers:
+            raise ValueError(
+                f"LMC_TIERS: with MLA on {settings.tp_size} ranks HiCache has one of them write "
+                "for all, so it takes a place below RAM that all of them reach"
+            )
         layout = KVLayout(pool.page_tokens, pool.page_tokens, pool.pages.page_bytes)
         rank, size = settings.tp_rank, settings.tp_size
         if settings.is_mla_model:  # the same on all ranks: one of them writes

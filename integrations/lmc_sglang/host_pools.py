@@ -51,6 +51,8 @@ def describe(pool: Any, server_args: Any) -> HostPool:
         layouts = {info.buffers.layout.value for info in pool._buffer_infos}
         if layouts != {"nhd"}:
             raise ValueError(refusal(kind, f"layout {', '.join(sorted(layouts))} on the device"))
+    from sglang.srt.mem_cache.kv_cache_dtype import fp8_dtype
+
     fields = {
         "door": "hicache",
         "pool": kind,
@@ -58,6 +60,7 @@ def describe(pool: Any, server_args: Any) -> HostPool:
         "format_tag": str(pool.storage_format_tag),
         "store_dtype": str(pool.dtype),
         "kv_cache_dtype": str(server_args.kv_cache_dtype),
+        "fp8": str(fp8_dtype),  # machines differ in what they call by one name
         "layers": f"{pool.start_layer}-{pool.end_layer}",
         "shape": "x".join(map(str, _shape(pool))),
     }

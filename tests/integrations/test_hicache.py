@@ -429,9 +429,7 @@ def test_threads_take_turns(door, tmp_path):
         d.store.ram.check()
 
 
-def test_changed_weights_are_a_new_generation_until_the_tree_is_flushed_nothing_is_kept(
-    door, tmp_path
-):
+def test_after_a_change_of_weights_nothing_is_kept_until_the_tree_was_flushed(door, tmp_path):
     d, keys = door(LMC_TIERS=below(tmp_path)), chain("a", 6)
     d.keep(keys)
     assert d.exists(keys) == 6
@@ -513,6 +511,11 @@ def test_what_is_not_served_is_named(door, what):
         host.__class__ = kind
     with pytest.raises(ValueError, match=message):
         door(host=host, **settings)
+
+
+def test_a_latent_cache_on_several_ranks_needs_a_place_that_all_reach(door):
+    with pytest.raises(ValueError, match="LMC_TIERS: with MLA on 2 ranks"):
+        door("mla", tp_rank=1, tp_size=2)
 
 
 def test_pools_beside_the_kv_are_named(door):
