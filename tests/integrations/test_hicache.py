@@ -147,7 +147,7 @@ class Door:
 def door(model_folder, monkeypatch):
     opened = []
 
-    def build(kind="mha", layout="page_first", *, model=model_folder, host=None, **more):
+    def build(kind="mha", layout="page_first", *, model=model_folder, host=None, kv="auto", **more):
         for name in ("LMC_TIERS", "LMC_SALT", "LMC_MODEL_VERSION", "LMC_KERNELS"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("LMC_RAM_GB", "0.05")
@@ -155,7 +155,7 @@ def door(model_folder, monkeypatch):
         settings = {k: more.pop(k) for k in list(more) if k.startswith("LMC_")}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model))
+        args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model), kv_cache_dtype=kv)
         monkeypatch.setattr(compat, "server_args", lambda: args)
         host = host or host_pool(kind, layout)
         opened.append(Door(host, settings_of(host, **more)))
@@ -229,6 +229,13 @@ def test_only_the_leading_run_counts(door):
     assert not d.storage.exists(keys[3])
 
 
+def test_pages_that_were_kept_before_stay_what_they_are(door):
+    d, keys = door(), chain("a", 8)
+    assert all(d.keep(keys[2:5], before=keys[:2]))
+    assert d.keep(keys, [9, 8, 7, 6, 5, 4, 3, 2]) == [True] * 8
+    assert d.load(keys) == 8
+
+
 def test_the_second_interface_says_the_same_of_the_pool_it_has(door):
     d, keys = door(), chain("a", 4)
     d.fill(keys, [0, 1, 2, 3])
@@ -284,6 +291,7 @@ DIFFERENCES = {
     "version": {"LMC_MODEL_VERSION": "v2"},
     "rank": {"tp_rank": 1, "tp_size": 2},
     "layout": {"layout": "page_first_direct"},
+    "dtype": {"kv": "bfloat16"},
 }
 
 
@@ -338,6 +346,7 @@ def test_a_tier_that_hangs_is_a_miss(door, tmp_path, monkeypatch):
         return tiers
 
     monkeypatch.setattr("lmc_sglang.hicache.open_tiers", hanging)
+    monkeypatch.setattr("lmc.store.TICKET_LIFE_S", 1e9)
     second = door(LMC_TIERS=below(tmp_path), LMC_STAGE_WAIT_MS="50")
     assert second.exists(keys) == 0
     assert second.load(keys) == 0
@@ -392,6 +401,31 @@ def test_the_scheduler_is_promised_no_more_than_stays(door):
 
 
 # --- threads, weights, life
+
+
+@pytest.mark.parametrize("op", ["gather", "scatter"])
+def test_others_take_their_turns_while_a_copy_runs(door, monkeypatch, op):
+    """And what they do to a full RAM leaves alone what the copy reads or writes."""
+    d, keys = door(LMC_RAM_GB=small(20)), chain("a", 8)
+    real, others = getattr(page_store, op), iter("bcdef")
+
+    def beside(*args, **kwargs):
+        with monkeypatch.context() as patch, ThreadPoolExecutor(1) as thread:
+            patch.setattr(page_store, op, real)
+            for name in others:
+                thread.submit(d.keep, chain(name, 12), list(range(20, 32))).result()
+        real(*args, **kwargs)
+
+    if op == "scatter":
+        d.keep(keys)
+    monkeypatch.setattr(page_store, op, beside)
+    if op == "gather":
+        assert all(d.keep(keys))
+    buffer = d.host.kv_buffer
+    buffer.fill_(-1)
+    assert all(d.storage.batch_get_v1(keys, d.slots(list(range(8)))))
+    d.check(keys, list(range(8)))
+    assert d.store.ram.evictions > 0
 
 
 def test_threads_take_turns(door, tmp_path):
