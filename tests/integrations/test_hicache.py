@@ -627,6 +627,8 @@ def test_the_line_that_says_why_the_linker_is_off_tells_of_this_door(below_hicac
         hicache_storage_backend_extra_config=extra,
         enable_lmcache=False,
         pp_size=1,
+        attn_cp_size=1,
+        dcp_size=1,
         **dict.fromkeys(compat.EXCLUSIVE_FLAGS.values(), False),
     )
     switch._declare_linker(args, lambda **_: pytest.fail("declared"))

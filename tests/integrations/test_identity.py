@@ -138,7 +138,7 @@ def test_machines_that_do_not_divide_the_ranks():
     """SGLang refuses them at start but for ranks that join later; these have a share all the
     same.
     """
-    args = SimpleNamespace(tp_size=1, dp_size=1, nnodes=4, dcp_size=1)
+    args = SimpleNamespace(tp_size=1, pp_size=1, dp_size=1, nnodes=4, dcp_size=1)
     assert Ranks.of(args, _PLAIN).on_this_machine == 1
 
 
