@@ -12,7 +12,7 @@ say "tests without an engine"
 
 use_env sglang
 say "models for the engine tests"
-"$PY" tests/engines/models.py tiny-llama
+"$PY" tests/engines/models.py tiny-llama tiny-mla tiny-mellum
 # A server may take two minutes to start on a busy machine; only then is a silent test a hang.
 say "tests inside SGLang, and against real SGLang servers"
 "$PY" -m pytest -m "not slow and not gpu" -o faulthandler_timeout=600 \

@@ -79,8 +79,8 @@ class Config:
     much).
     """
     stage_wait_s: float = 0.5
-    """LMC_STAGE_WAIT_MS: longest wait for chunks on their way up, per scheduling pass, once a
-    request.
+    """LMC_STAGE_WAIT_MS: longest that a request waits for the next of its chunks on their way up;
+    others go on meanwhile.
     """
     io_threads: int = 4
     """LMC_IO_THREADS: threads a tier."""

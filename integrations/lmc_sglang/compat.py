@@ -93,6 +93,42 @@ SIGNATURES = {
 }
 """What is hooked or called, with the parameters it must have (None: any)."""
 
+_CACHING = "sglang.srt.mem_cache"
+FIELDS = {
+    f"{_CACHING}.cache_init_params.CacheInitParams": (
+        *("page_size", "is_eagle", "req_to_token_pool", "token_to_kv_pool_allocator"),
+        *("tp_cache_group", "attn_tp_cache_group", "pp_size", "attn_cp_size"),
+        *("sliding_window_size", "swa_retain_window", "enable_mamba_extra_buffer"),
+        *("sidecar_draft_device_pools", "mtp_draft_device_pools", "mtp_draft_mamba_pools"),
+    ),
+    f"{_CACHING}.hicache_storage.PoolTransfer": ("name", "keys", "device_indices"),
+    f"{_CACHING}.hicache_storage.PoolName": ("KV", "SWA", "MAMBA"),
+    f"{_CACHING}.unified_cache.component_type.ComponentType": ("FULL", "SWA", "MAMBA"),
+    f"{_CACHING}.unified_cache.unified_tree_core_interface.TreePathNodeInfo": (
+        *("node_id", "path_start", "path_end"),
+    ),
+    f"{_CACHING}.device_pool_info.DevicePoolInfo": ("layer_ids", "buffer_info"),
+    f"{_CACHING}.device_pool_info.MHABufferInfo": (
+        *("buffers", "scales", "transfer_buffers", "device", "dtype"),
+        *("head_num", "head_dim", "v_head_dim"),
+    ),
+    f"{_CACHING}.device_pool_info.MLABufferInfo": (
+        *("buffers", "scales", "native_buffers", "dtype", "layer_indices", "device_layer_num"),
+        *("kv_lora_rank", "qk_rope_head_dim", "kv_cache_dim", "packed_fp8"),
+    ),
+    f"{_CACHING}.device_pool_info.MambaStateBufferInfo": (
+        *("temporal", "conv", "extra_checkpoint_buffers"),
+    ),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch": (
+        *("forward_mode", "extend_num_tokens", "launch_ts"),
+    ),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo": (
+        *("mamba_pool_idx", "holds_mamba", "mamba_cow_src_index", "mamba_needs_clear"),
+    ),
+    "sglang.srt.managers.schedule_policy.AddReqResult": ("CONTINUE",),
+}
+"""Fields of what is read or handed over, by class."""
+
 COUNTER_NAMES = frozenset({"num_layers", "consumer_index", "set_consumer", "wait_until"})
 """What SGLang's pools, runners and workers use of a linker's counter of layers."""
 
@@ -210,6 +246,7 @@ def check() -> None:
         for name in TREE_METHODS
         if not hasattr(UnifiedTreeCoreInterface, name)
     ]
+    wrong += [f"{where}.{name}" for where, name in _missing_fields()]
     _refuse(wrong + _changed(SIGNATURES))
 
 
@@ -247,6 +284,17 @@ def _refuse(wrong: Sequence[str]) -> None:
             version,
             ", ".join(TESTED),
         )
+
+
+def _missing_fields() -> Iterator[tuple[str, str]]:
+    for where, names in FIELDS.items():
+        try:
+            found = pkgutil.resolve_name(where)
+        except (ImportError, AttributeError):
+            yield where, "*"
+            continue
+        fields = {name for kind in found.__mro__ for name in vars(kind).get("__annotations__", ())}
+        yield from ((where, name) for name in names if name not in fields | set(dir(found)))
 
 
 def on_resolution(page_size: Resolver, linker: Resolver) -> None:

@@ -33,6 +33,14 @@ def test_a_name_that_is_gone_is_named(monkeypatch):
         compat.check()
 
 
+def test_a_field_that_is_gone_is_named(monkeypatch):
+    transfer = "sglang.srt.mem_cache.hicache_storage.PoolTransfer"
+    monkeypatch.setitem(compat.FIELDS, transfer, ("keys", "vanished"))
+    monkeypatch.setitem(compat.FIELDS, "sglang.srt.nowhere.Nothing", ("x",))
+    with pytest.raises(RuntimeError, match=r"PoolTransfer\.vanished; .*nowhere\.Nothing"):
+        compat.check()
+
+
 def test_a_new_duty_of_linkers_is_named(monkeypatch):
     duties = UnifiedCacheLinker.__abstractmethods__ | {"prefetch"}
     monkeypatch.setattr(UnifiedCacheLinker, "__abstractmethods__", duties)
