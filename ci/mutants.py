@@ -50,6 +50,11 @@ SUITES = {
         ["tests/integrations/test_gpu.py", "tests/integrations/test_linker.py"],
         "sglang",
     ),
+    "models": Suite(
+        "integrations/lmc_sglang",
+        ["tests/integrations/test_models.py", "tests/integrations/test_patience.py"],
+        "sglang",
+    ),
     "ranks": Suite(
         "integrations/lmc_sglang",
         ["tests/integrations/test_identity.py", "tests/integrations/test_ranks.py"],

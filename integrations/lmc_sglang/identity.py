@@ -101,8 +101,9 @@ def ranks_of_a_machine(server_args: Any) -> int:
     """Ranks of data-parallel attention and of experts are ranks of the tensor-parallel group;
     data-parallel replicas have such a group each, and so have pipeline stages.
     """
-    args = compat.resolved(server_args)
-    return max(1, int(args.tp_size * args.pp_size * args.dp_size // args.nnodes))
+    settled = compat.resolved(server_args)
+    ranks = settled.tp_size * settled.pp_size * settled.dp_size
+    return max(1, int(ranks // settled.nnodes))
 
 
 def _machine_of(args: Any, rank: int) -> int:

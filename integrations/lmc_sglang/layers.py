@@ -47,28 +47,31 @@ class LayerCounter:
 
     def wait_until(self, layer: int) -> None:
         """The forward reads a layer, counted from the first of this rank."""
-        job = self._jobs.get(self.consumer_index)
+        self.let_wait(self.consumer_index, layer)
+
+    def let_wait(self, index: int, layer: int) -> None:
+        """What the engine does from now on comes after a layer of a batch's load."""
+        job = self._jobs.get(index)
         if job is not None:
             job.let_wait(layer)
 
     @property
     def events(self) -> _Events:
         """For a draft model fused with another: `events[index].wait(layer)`."""
-        return _Events(self._jobs)
+        return _Events(self)
 
 
 class _Events:
-    def __init__(self, jobs: dict[int, Job]) -> None:
-        self._jobs = jobs
+    def __init__(self, counter: LayerCounter) -> None:
+        self._counter = counter
 
     def __getitem__(self, index: int) -> _Event:
-        return _Event(self._jobs.get(index))
+        return _Event(self._counter, index)
 
 
 class _Event:
-    def __init__(self, job: Job | None) -> None:
-        self._job = job
+    def __init__(self, counter: LayerCounter, index: int) -> None:
+        self._counter, self._index = counter, index
 
     def wait(self, layer: int) -> None:
-        if self._job is not None:
-            self._job.let_wait(layer)
+        self._counter.let_wait(self._index, layer)

@@ -43,7 +43,7 @@ def test_page_view_keeps_a_slot_stride() -> None:
         (torch.zeros(6, 2), 4, "6 slots are not whole pages of 4"),
         (torch.zeros(6, 2), 0, "page_tokens is 0"),
         (torch.zeros(0, 2), 1, "no slots"),
-        (torch.zeros(6, 4)[:, ::2], [], "not one run of bytes"),
+        (torch.zeros(6, 4)[:, ::2], 1, "not one run of bytes"),
         (torch.zeros(6, 2, 4)[:, 1], 2, "slots are 32 bytes apart but hold 16"),
     ],
 )
