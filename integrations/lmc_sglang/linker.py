@@ -503,7 +503,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             at_once=self._io_threads * sizes[0],
             tokens=coming if others else missing,
             all_tokens=coming or len(arrival.digests) * self._page_tokens,
-            unknown=ticket.planning,
+            unknown=any(ticket.planning for ticket in arrival.tickets),
         )
 
     def _measure(self, rid: str) -> None:

@@ -77,15 +77,17 @@ class Patience:
             return True
         elapsed = now - wait.started
         compute_all_s = outlook.all_tokens / self.prefill.value
-        if outlook.unknown:
+        if outlook.unknown and not outlook.arrived:
             return elapsed < compute_all_s * PROBE_SHARE
         if elapsed >= compute_all_s:
             return False
+        if outlook.unknown:  # of what else the prefix needs that has come: all of it is at stake
+            return True
         under_way = min(outlook.remaining, outlook.at_once)
         rate = (outlook.arrived + under_way / 2) / max(elapsed, 1e-6)
         if not outlook.arrived and self.staging.value:
             rate = min(rate, self.staging.value)
-        return outlook.remaining / rate < outlook.tokens / self.prefill.value
+        return outlook.remaining * self.prefill.value < outlook.tokens * rate
 
     def landed(self, wait: Wait, outlook: Outlook) -> None:
         """Nothing more comes for a request."""

@@ -86,6 +86,18 @@ def test_to_hear_what_there_is_takes_a_part_of_that_at_most(clock):
     assert waited(clock, judge, wait, outlook(remaining=0, unknown=True)) < 0.21
 
 
+def test_to_hear_what_else_is_needed_all_that_has_come_is_at_stake(clock):
+    judge, wait = patient(clock, prefill=1000, longest=60)
+    found = outlook(arrived=8, remaining=0, unknown=True)
+    assert waited(clock, judge, wait, found) == pytest.approx(2.048, abs=0.01)
+
+
+@pytest.mark.parametrize("staging", [0.0, MB])
+def test_where_nothing_comes_nobody_waits(clock, staging):
+    judge, wait = patient(clock, prefill=1000, staging=staging)
+    assert not judge.waits(wait, outlook(remaining=0))
+
+
 def test_who_has_stopped_waiting_does_not_begin_again(clock):
     judge, wait = patient(clock, prefill=1000, staging=MB)
     assert not judge.waits(wait, outlook())
