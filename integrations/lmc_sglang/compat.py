@@ -206,6 +206,7 @@ class Listener(Keeper, Protocol):
     def ready(self) -> bool: ...
     def agreed(self, rid: str, *, ready: bool) -> None: ...
     def passes_over(self, rid: str) -> bool: ...
+    def admitted(self, rid: str) -> None: ...
     def nap(self) -> None: ...
     def prefilled(self, tokens: int, seconds: float) -> None: ...
     @property
@@ -507,7 +508,10 @@ def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[Non
 def _on_admission(orig: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """A request that waits for chunks is passed over; those behind it are not."""
     if _listener is None or not _listener.passes_over(req.rid):
-        return orig(adder, req, *args, **kwargs)
+        result = orig(adder, req, *args, **kwargs)
+        if _listener is not None and adder.can_run_list and adder.can_run_list[-1] is req:
+            _listener.admitted(req.rid)
+        return result
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     running = adder.running_batch

@@ -232,6 +232,10 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
     def passes_over(self, rid: str) -> bool:
         return rid in self._passed_over
 
+    def admitted(self, rid: str) -> None:
+        """It runs: what was staged for it and not asked for need not stay."""
+        self._forget_arrival(rid)
+
     def nap(self) -> None:
         """The engine has nothing to do but wait for chunks: once a pass, and not for long."""
         if not self._napped:

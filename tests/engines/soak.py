@@ -140,10 +140,15 @@ class Soak:
     # --- what disturbs them
 
     def _disturb(self, end: float) -> None:
+        """New weights come in the last part: from then on lmc leaves the disk alone."""
         dice = self._random
+        started = time.monotonic()
+        weights_from = end - (end - started) * 0.2
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, dice.uniform(0.5, 2.0)))
             what = dice.choice(("trouble", "trouble", "flush", "flush", "weights"))
+            if what == "weights" and time.monotonic() < weights_from:
+                what = "flush"
             if what == "trouble":
                 self.trouble.write_text(json.dumps(dice.choice(TROUBLES)))
             elif what == "flush":
@@ -176,29 +181,14 @@ class Soak:
 
     def _check(self) -> None:
         self.server.flush()
-        deadline = time.monotonic() + 60
-        while True:
-            self.report.state = self.server.lmc() or {}
-            if self._is_quiet(self.report.state) or time.monotonic() > deadline:
-                return
-            time.sleep(0.5)
-
-    @staticmethod
-    def _is_quiet(state: dict[str, Any]) -> bool:
-        slots = state.get("ram.free_slots", 0) + state.get("ram.idle_slots", 0)
-        return bool(
-            state
-            and slots == state["ram.slots"]
-            and not state["staged_slots"]
-            and not state["spill_queue_bytes"]
-        )
+        self.report.state = settled(self.server)
 
     def problems(self) -> list[str]:
         """What must not be; nothing if all went well."""
         report, found = self.report, []
         found += [f"wrong tokens: {text}" for text in report.wrong[:5]]
         found += [f"a request failed: {text}" for text in report.failed[:5]]
-        if not self._is_quiet(report.state):
+        if not is_quiet(report.state):
             found.append(f"slots are missing, or something is still held: {report.state}")
         memory = report.memory_mb
         third = len(memory) // 3
@@ -207,6 +197,24 @@ class Soak:
             if late > early * 1.1 + 50:
                 found.append(f"memory grows: {early:.0f} MB, then {late:.0f} MB")
         return found
+
+
+def settled(server: SglangServer, timeout_s: float = 60.0) -> dict[str, Any]:
+    """lmc's counters once nothing is under way or held any more, or as they are after a while."""
+    deadline = time.monotonic() + timeout_s
+    while not is_quiet(state := server.lmc() or {}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return state
+
+
+def is_quiet(state: dict[str, Any]) -> bool:
+    slots = state.get("ram.free_slots", 0) + state.get("ram.idle_slots", 0)
+    return bool(
+        state
+        and slots == state["ram.slots"]
+        and not state["staged_slots"]
+        and not state["spill_queue_bytes"]
+    )
 
 
 def memory_mb(pid: int) -> float:

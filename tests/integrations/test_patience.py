@@ -143,12 +143,10 @@ def waiting(harness, tmp_path, **settings):
 
 def admission(h, req, *others) -> object:
     """The scheduler's question, with `others` in the batch or running."""
-    adder = SimpleNamespace(
-        can_run_list=list(others), running_batch=None, tree_cache=h.cache, admitted=[]
-    )
+    adder = SimpleNamespace(can_run_list=list(others), running_batch=None, tree_cache=h.cache)
 
     def orig(adder, req, *_):
-        adder.admitted.append(req)
+        adder.can_run_list.append(req)
         return AddReqResult.OTHER
 
     req.kv = SimpleNamespace(holds_mamba=False)
@@ -169,6 +167,18 @@ def test_a_request_is_passed_over_until_its_chunks_are_here(harness, tmp_path):
     assert match.host_hit_length == 960
     assert admission(h, req) is AddReqResult.OTHER
     h.load(req, match)
+
+
+def test_who_runs_without_what_was_staged_for_it_lets_that_go(harness, tmp_path):
+    """It had a part of RAM for itself that nobody else could use."""
+    h, tier = waiting(harness, tmp_path)
+    tier.go.set()
+    req = h.arrive(tokens(1, 1000))
+    assert h.store.drain(10)
+    assert h.store.snapshot()["staged_slots"] > 0
+    assert admission(h, req) is AddReqResult.OTHER
+    h.step()  # what it was promised in this pass
+    assert_nothing_held(h)
 
 
 def test_the_hook_is_on_sglangs_own_adder(harness):
