@@ -16,8 +16,6 @@ import time
 import unittest
 import warnings
 from array import array
-from dataclasses import replace
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
-from sglang.srt.runtime_context import publish
 
 from lmc_sglang import compat
 from lmc_sglang.linker import LmcLinker
@@ -51,8 +48,9 @@ with pytest.MonkeyPatch.context() as _patch, warnings.catch_warnings():
     )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+match_prefix, node_device_value = fixtures.match_prefix, fixtures.node_device_value
 __all__ = ["CONFIGS", "CORES", "CacheConfig", "Kit", "Walk", "core", "insert_walk"]
 
 FULL, SWA, MAMBA = ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA
@@ -88,9 +86,12 @@ class Kit:
     """Builds the kit's caches, those its own fixtures build included, with a linker each."""
 
     def __init__(self, server_args: Any, patch: pytest.MonkeyPatch) -> None:
-        self._server_args = server_args
+        self._server_args, self._patch = server_args, patch
         self.linkers: list[LmcLinker] = []
+        self.caches: list[Any] = []
         self.attaching = True
+        self.at_once = False
+        """Whether an insertion returns when its offloads have completed."""
         self._build = fixtures.build_fixture
         inspector = ModuleType(
             "sglang.test.kits.unified_radix_cache.rust_unified_tree_core_inspector"
@@ -101,12 +102,13 @@ class Kit:
         for module in (core, insert_walk):
             patch.setattr(module, "build_fixture", self.build)
 
-    def use(self, tree_core: str, patch: pytest.MonkeyPatch) -> None:
-        """What the kit's fixtures build when they do not say."""
-        patch.setattr(fixtures, "TREE_CORE_TEST_BACKEND", tree_core)
+    def use(self, tree_core: str) -> None:
+        """What the kit's fixtures build."""
+        self._patch.setattr(fixtures, "TREE_CORE_TEST_BACKEND", tree_core)
 
     def build(self, cfg: CacheConfig, **more: Any) -> tuple[Any, Any, Any]:
         cache, alloc, table = self._build(cfg, **more)
+        self.caches.append(cache)
         if self.attaching:
             self._attach(cfg, cache)
         return cache, alloc, table
@@ -124,7 +126,14 @@ class Kit:
             cache.check_hicache_events()
             check()
 
+        def insert_and_settle(params: InsertParams) -> Any:
+            result = insert(params)
+            settle(cache)
+            return result
+
         cache.sanity_check = step_and_check
+        if self.at_once:
+            insert, cache.insert = cache.insert, insert_and_settle
 
     def close(self) -> None:
         for linker in self.linkers:
@@ -173,8 +182,9 @@ class Walk(UnifiedRadixCacheFixtures):
         self._states: list[torch.Tensor] = []
         if cfg.has_mamba:
             states = self.table.mamba_pool.mamba_cache
-            self._states = [_bytes(layer) for state in (states.temporal, *states.conv)
-                            for layer in state]
+            self._states = [
+                _bytes(layer) for state in (states.temporal, *states.conv) for layer in state
+            ]
         self._all_free = self.free()
 
     def free(self) -> dict[str, int]:
@@ -202,7 +212,9 @@ class Walk(UnifiedRadixCacheFixtures):
         for number, buffer in enumerate(buffers):
             buffer[slots] = _rows(prefix, buffer.shape[1], number)
 
-    def _check(self, buffers: list[torch.Tensor], slots: torch.Tensor, prefix: torch.Tensor) -> None:
+    def _check(
+        self, buffers: list[torch.Tensor], slots: torch.Tensor, prefix: torch.Tensor
+    ) -> None:
         for number, buffer in enumerate(buffers):
             assert torch.equal(buffer[slots], _rows(prefix, buffer.shape[1], number))
 
@@ -236,6 +248,7 @@ class Walk(UnifiedRadixCacheFixtures):
 
     def _room(self, tokens: int) -> bool:
         """Whether there is room for a sequence and a request, once the tree has given some."""
+
         def short() -> list[int]:
             free = self.free()
             wants = (("full", tokens), ("window", tokens), ("states", 4))
@@ -243,9 +256,7 @@ class Walk(UnifiedRadixCacheFixtures):
 
         if any(missing := short()):
             full, window, states = missing
-            self.cache.evict(
-                EvictParams(num_tokens=full, swa_num_tokens=window, mamba_num=states)
-            )
+            self.cache.evict(EvictParams(num_tokens=full, swa_num_tokens=window, mamba_num=states))
         return not any(short())
 
     # --- steps
@@ -253,15 +264,19 @@ class Walk(UnifiedRadixCacheFixtures):
     def run(self, steps: int) -> None:
         """Every step of it, in random order; some more often."""
         weighted: list[tuple[Callable[[], None], int]] = [
-            (self.insert, 6), (self.ask, 6), (self.evict, 3), (self.hold, 2), (self.let_go, 2),
-            (self.settle, 2), (self.evict_all, 1), (self.flush, 1),
+            (self.insert, 6),
+            (self.ask, 6),
+            (self.evict, 3),
+            (self.hold, 2),
+            (self.let_go, 2),
+            (self.settle, 2),
+            (self.evict_all, 1),
+            (self.flush, 1),
         ]
         chosen, weights = zip(*weighted, strict=True)
         for step in self._rng.choices(chosen, weights, k=steps):
             step()
             self.cache.sanity_check()
-            for lane in self.linker.lanes:
-                lane.store.ram.check()
 
     def sequence(self) -> list[int]:
         """A new one, or one that leaves a known one at some page."""
@@ -290,9 +305,7 @@ class Walk(UnifiedRadixCacheFixtures):
             return
         ids = self._ids = self._rng.choice(self._known)
         req = self._make_req(self.table)
-        match = self.cache.match_prefix(
-            MatchPrefixParams(key=RadixKey(array("q", ids)), req=req)
-        )
+        match = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", ids)), req=req))
         self._apply_match_to_req(req, match)
         lock = self.cache.lock(req.last_node)
         device = match.device_prefix_len
@@ -320,9 +333,7 @@ class Walk(UnifiedRadixCacheFixtures):
         if not hit:
             return nothing
         loaded, _ = self.cache.init_load_back(
-            InitLoadBackParams(
-                best_match_node=req.best_match_node, host_hit_length=hit, req=req
-            )
+            InitLoadBackParams(best_match_node=req.best_match_node, host_hit_length=hit, req=req)
         )
         if not loaded:  # no room for it
             assert self.cache.ready_to_load_host_cache() == -1
@@ -341,9 +352,7 @@ class Walk(UnifiedRadixCacheFixtures):
 
     def _adopt(self, req: Any, ids: list[int], slots: torch.Tensor, device: int) -> bool:
         """The tree takes what was loaded; whether the request's state is still its own."""
-        params = InsertParams(
-            key=RadixKey(array("q", ids)), value=slots, prev_prefix_len=device
-        )
+        params = InsertParams(key=RadixKey(array("q", ids)), value=slots, prev_prefix_len=device)
         if self.cfg.has_swa:
             params.set_evicted_seqlen(SWA, req.kv.get_evicted_seqlen(SWA))
         if self.cfg.has_mamba:
@@ -405,6 +414,8 @@ class Walk(UnifiedRadixCacheFixtures):
 
     def settle(self) -> None:
         settle(self.cache)
+        for lane in self.linker.lanes:
+            lane.store.ram.check()
 
     def flush(self) -> None:
         """As SGLang does, in the middle of offloads too, but with no request."""
@@ -423,7 +434,11 @@ class Walk(UnifiedRadixCacheFixtures):
             self.let_go()
         self.settle()
         cache = self.cache
-        locked = cache.full_protected_size(), cache.swa_protected_size(), cache.mamba_protected_size()
+        locked = (
+            cache.full_protected_size(),
+            cache.swa_protected_size(),
+            cache.mamba_protected_size(),
+        )
         assert locked == (0, 0, 0)
         self.evict_all()
         cache.sanity_check()
