@@ -1,5 +1,5 @@
-"""Sixteen chats at once about a few shared documents, against a real SGLang server whose pool is too
-small for them, without lmc and with it, and against one in whose pool everything fits.
+"""Sixteen chats at once about a few shared documents, against a real SGLang server whose pool is
+too small for them, without lmc and with it, and against one in whose pool everything fits.
 
     python -m tests.engines.bench_load --out FOLDER
 
@@ -194,8 +194,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     lines += [
         f"{row['name']:<12}{row['pool_tokens']:>8}{row['requests_per_s']:>12.2f}"
-        f"{row['output_tokens_per_s']:>10.1f}{row['ttft_mean_s']:>9.2f} s{row['ttft_p95_s']:>7.2f} s"
-        f"{row['cached_share']:>12.0%}"
+        f"{row['output_tokens_per_s']:>10.1f}{row['ttft_mean_s']:>9.2f} s"
+        f"{row['ttft_p95_s']:>7.2f} s{row['cached_share']:>12.0%}"
         for row in rows
     ]
     lines += [""]

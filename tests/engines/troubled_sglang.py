@@ -2,7 +2,11 @@
 
     {"read_mb_s": 20, "errors": 0.1, "flips": 0.1, "cuts": 0.1, "losses": 0.1, "hangs_s": 5}
 
-Rates are probabilities of a call. The file may change while the server runs; `{}` is no trouble.
+Rates are probabilities of a call. The file may change while the server runs, reads under way then
+go on at the new speed; `{}` is no trouble. Two more keys are about requests that wait for the disk:
+
+    {"always_wait": true}   as long as anything is on its way, however long that takes
+    {"learn": false}        how fast the disk was is not learned from them
 Started like `python -m sglang.launch_server`.
 """
 
@@ -17,6 +21,7 @@ from pathlib import Path
 import lmc_sglang  # noqa: F401
 from lmc import tiers
 from lmc.testing import FaultyTier
+from lmc_sglang.patience import Patience
 
 TROUBLE = Path(os.environ["TROUBLE"])
 
@@ -27,13 +32,14 @@ class Troubled(FaultyTier):
     def __init__(self, tier):
         super().__init__(tier)
         self._random = random.Random(7)
+        self._free_at = 0.0
 
     def _next(self, verb):
         from lmc.testing import Fault
 
         with self._lock:
             self.calls[verb] += 1
-            plan = json.loads(TROUBLE.read_text() or "{}")
+            plan = _plan()
             dice = self._random.random()
             bit = self._random.randrange(1 << 24)
         if verb not in ("read", "write", "probe"):
@@ -54,13 +60,33 @@ class Troubled(FaultyTier):
     def read(self, name, into):
         started = time.monotonic()
         size = super().read(name, into)
-        rate = json.loads(TROUBLE.read_text() or "{}").get("read_mb_s")
+        rate = _plan().get("read_mb_s")
         if rate and size > 4096:  # a disk of that speed, whatever the number of threads
             with self._lock:
-                self._free_at = max(getattr(self, "_free_at", 0.0), started) + size / rate / 1e6
-                wait = self._free_at - time.monotonic()
-            time.sleep(max(0.0, wait))
+                self._free_at = max(self._free_at, started) + size / rate / 1e6
+                end = self._free_at
+            while (left := end - time.monotonic()) > 0:
+                if _plan().get("read_mb_s") != rate:
+                    self._free_at = 0.0
+                    break
+                time.sleep(min(left, 0.05))
         return size
+
+
+def _plan():
+    return json.loads(TROUBLE.read_text() or "{}")
+
+
+def _waits(patience, wait, outlook, _waits=Patience.waits):
+    return bool(_plan().get("always_wait")) or _waits(patience, wait, outlook)
+
+
+def _landed(patience, wait, outlook, _landed=Patience.landed):
+    if _plan().get("learn", True):
+        _landed(patience, wait, outlook)
+
+
+Patience.waits, Patience.landed = _waits, _landed
 
 
 _open_disk = tiers._OPENERS["file"]
