@@ -44,9 +44,9 @@ SCRIPT = str(Path(__file__).with_name("troubled_sglang.py"))
 TOKEN_BYTES = {"smollm2-135m": 46_080, "tiny-llama": 2048}
 RATES_MB_S = (1, 2, 5, 10, 20, 30, 50, 100, None)
 CHUNKS, CHUNK_TOKENS = 4, 256
-RAM_SLOTS = 16
-"""Half of it can be staged, and a quarter waits to be written: a prompt fits in both."""
-STORED = 6
+RAM_SLOTS = 32
+"""Half of it can be staged: also what requests let lie that did not wait is held for some time."""
+STORED = 10
 """Prompts on disk, asked in turn: before one comes again the others have taken its place in RAM."""
 ANSWER_TOKENS, SMALL_TOKENS, SMALL_DELAY_S = 4, 48, 0.02
 LONGEST_LOAD_S, LEARN_S = 9.0, 11.0
@@ -166,13 +166,15 @@ class Bench:
             time.sleep(0.1)
 
     def _settle(self) -> None:
-        """What is still read comes at once, what is to be written is; nothing stays on the
-        device.
+        """What is still read comes at once, what is to be written is, there is room to stage the
+        next prompt, and nothing stays on the device.
         """
         self._set(learn=False)
-        seen, since = -1.0, time.monotonic()
-        while time.monotonic() - since < 0.4:
-            if (reads := self._disk_reads()) != seen:
+        seen, since, staged = -1.0, time.monotonic(), 0.0
+        while time.monotonic() - since < 0.4 or staged > RAM_SLOTS // 2 - CHUNKS:
+            state = self.server.lmc() or {}
+            staged = state["staged_slots"]
+            if (reads := disk_reads(state)) != seen:
                 seen, since = reads, time.monotonic()
             time.sleep(0.1)
         self.server.drain()
@@ -186,13 +188,14 @@ class Bench:
         aside.replace(self.trouble)
 
     def _disk_reads(self) -> float:
-        state = self.server.lmc() or {}
-        return sum(
-            count for name, count in state.items() if name.startswith(("disk.hit", "disk.miss"))
-        )
+        return disk_reads(self.server.lmc() or {})
 
     def _tokens(self, count: int) -> list[int]:
         return [self._dice.randrange(5, 1000) for _ in range(count)]
+
+
+def disk_reads(state: Mapping[str, float]) -> float:
+    return sum(count for name, count in state.items() if name.startswith(("disk.hit", "disk.miss")))
 
 
 def row(rate: float | None, cells: Mapping[str, Cell]) -> dict[str, Any]:
@@ -257,7 +260,7 @@ def start(folder: Path, name: str, log: Path) -> tuple[SglangServer, Path]:
             **tiny,
             "TROUBLE": str(trouble),
             "LMC_RAM_GB": str((RAM_SLOTS + 0.5) * slot_bytes / 1e9),
-            "LMC_TIERS": f"file://{folder / 'chunks'}?gb={STORED * 10 * CHUNKS * slot_bytes / 1e9}",
+            "LMC_TIERS": f"file://{folder / 'chunks'}?gb={STORED * 3 * CHUNKS * slot_bytes / 1e9}",
         },
         launch=(SCRIPT,),
     )

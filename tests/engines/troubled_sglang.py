@@ -81,9 +81,9 @@ def _waits(patience, wait, outlook, _waits=Patience.waits):
     return bool(_plan().get("always_wait")) or _waits(patience, wait, outlook)
 
 
-def _landed(patience, wait, outlook, _landed=Patience.landed):
+def _landed(patience, *what, _landed=Patience.landed):
     if _plan().get("learn", True):
-        _landed(patience, wait, outlook)
+        _landed(patience, *what)
 
 
 Patience.waits, Patience.landed = _waits, _landed
