@@ -66,6 +66,8 @@ class Ticket:
         self.serial = serial
         self.created = time.monotonic()
         self.closed = False
+        self.came = 0  # chunks read for it, also after `close`
+        self.came_at = self.created  # the last of them, whenever the owner heard of it
         self._store = store
         self._planning = False
         self._targets: deque[_Target] = deque()
@@ -80,7 +82,12 @@ class Ticket:
     @property
     def moving(self) -> bool:
         """Whether waiting helps: something is on its way, not only due once there is room."""
-        return not self.closed and (self._planning or bool(self._coming))
+        return not self.closed and self.reading
+
+    @property
+    def reading(self) -> bool:
+        """Whether something is on its way, be it for nobody any more."""
+        return self._planning or bool(self._coming)
 
     @property
     def planning(self) -> bool:
@@ -496,16 +503,21 @@ class TieredStore:
         namespace, layout, view = self.namespace, self.layout, self.arena.view(lease.slots[0])
         steps = (target.end - 1) % layout.chunk_steps + 1
 
-        def work(tier: Tier) -> tuple[Key, ...] | str:
-            return _read_verified(tier, view, namespace, layout, target.key, steps)
+        def work(tier: Tier) -> tuple[tuple[Key, ...] | str, float]:
+            found = _read_verified(tier, view, namespace, layout, target.key, steps)
+            return found, time.monotonic()
 
-        def arrived(result: tuple[Key, ...] | str | None) -> None:
+        def arrived(result: tuple[tuple[Key, ...] | str, float] | None) -> None:
+            found, at = result or ("error", 0.0)
             self._num_fetching -= 1
-            if isinstance(result, tuple):
+            if isinstance(found, tuple):
                 self.stats.add(f"{target.guard.name}.hit")
-                lease.commit([Chunk(result, target.parent)])
+                lease.commit([Chunk(found, target.parent)])
+                for ticket in waiting:
+                    ticket.came += 1
+                    ticket.came_at = max(ticket.came_at, at)
             else:
-                self.stats.add(f"{target.guard.name}.miss.{result or 'error'}")
+                self.stats.add(f"{target.guard.name}.miss.{found}")
                 lease.abort()
             self._hand_out(target, waiting)
 

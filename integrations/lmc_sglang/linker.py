@@ -194,7 +194,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._node: tuple[Any, int] | None = None  # whose offload is under way
         self._arrivals: dict[str, _Arrival] = {}  # in order of arrival
         self._staging: dict[str, _Arrival] = {}  # of them: full attention is on its way
-        self._landing_for: dict[str, _Arrival] = {}  # of them: something is on its way
+        self._landing_for: dict[str, _Arrival] = {}  # something is on its way, maybe for nobody
         self._ready = True  # for the request that is matched
         self._passed_over: set[str] = set()  # as all ranks agreed when they were last matched
         self._napped = False  # in this scheduling pass
@@ -511,11 +511,16 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         )
 
     def _measure(self, rid: str) -> None:
-        """Learn how fast the tiers were from a request for which all has come."""
+        """Learn how fast the tiers were from a request for which all has come. While a batch was
+        computed nobody looked: what counts is when it came.
+        """
         arrival = self._landing_for[rid]
-        if rid not in self._staging and not arrival.moving:
+        tickets = arrival.tickets
+        if rid not in self._staging and not any(ticket.reading for ticket in tickets):
             del self._landing_for[rid]
-            self._patience.landed(arrival.wait, self._outlook(arrival))
+            sizes = [lane.store.arena.slot_bytes for lane in self.lanes]
+            size = sum(size * t.came for size, t in zip(sizes, tickets, strict=False))
+            self._patience.landed(arrival.wait, size, max(ticket.came_at for ticket in tickets))
 
     def _waits_for_twin(
         self, arrival: _Arrival, digests: Sequence[str], ends: Sequence[int], first: int
@@ -655,8 +660,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
         self._offloads.clear()
 
     def _forget_arrival(self, rid: str) -> None:
-        self._staging.pop(rid, None)
-        self._landing_for.pop(rid, None)
+        self._staging.pop(rid, None)  # what is on its way may go on: it is measured yet
         self._passed_over.discard(rid)
         if (arrival := self._arrivals.pop(rid, None)) is not None:
             arrival.close()

@@ -39,7 +39,6 @@ class Wait:
     progress: int = 0
     since: float = 0.0
     over: bool = False
-    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,8 @@ class Patience:
             rate = min(rate, self.staging.value)
         return outlook.remaining * self.prefill.value < outlook.tokens * rate
 
-    def landed(self, wait: Wait, outlook: Outlook) -> None:
-        """Nothing more comes for a request."""
-        if not wait.measured:
-            wait.measured = True
-            self.staging.add(outlook.arrived, monotonic() - wait.started)
+    def landed(self, wait: Wait, size: int, at: float) -> None:
+        """So many bytes came for a request, whether it waited for them or not, the last of them at
+        that time.
+        """
+        self.staging.add(size, at - wait.started)

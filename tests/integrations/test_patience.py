@@ -113,8 +113,7 @@ def test_without_patience_nobody_waits(clock):
 def test_rates_are_learned(clock):
     judge, wait = patient(clock)
     clock.now += 2
-    judge.landed(wait, outlook(arrived=8, remaining=0))
-    judge.landed(wait, outlook(arrived=8, remaining=0))  # said again
+    judge.landed(wait, 8 * MB, clock.now)
     assert judge.staging.value == 4 * MB
     judge.prefill.add(1000, 1.0)
     judge.prefill.add(2000, 1.0)
@@ -196,6 +195,60 @@ def test_a_tier_that_hangs_is_waited_for_a_bounded_while(harness, tmp_path):
     tier.go.set()
     assert h.store.drain(10)
     assert h.match(req).host_hit_length == 960, "it arrived after all"
+
+
+def landed(h, monkeypatch) -> list[tuple[int, float]]:
+    """What is learned of the tiers from now on: bytes, and when they were there."""
+    seen: list[tuple[int, float]] = []
+    monkeypatch.setattr(h.linker._patience, "landed", lambda _, size, at: seen.append((size, at)))
+    return seen
+
+
+def wait_until_read(h, count) -> float:
+    """Without looking at what came; a time at which all of it was there."""
+    hit = h.store._done._done
+    deadline = time.monotonic() + 20
+    while hit.qsize() < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+def test_a_tier_is_as_fast_as_it_was_however_late_one_looks(harness, tmp_path, monkeypatch):
+    """A request that was given up is computed meanwhile: a tier would never seem faster than that,
+    and nobody would wait for it again.
+    """
+    h, tier = waiting(harness, tmp_path, LMC_STAGE_WAIT_MS="0")
+    seen = landed(h, monkeypatch)
+    req = h.arrive(tokens(1, 1000))
+    while h.linker._arrivals[req.rid].tickets[0].planning:
+        h.step()
+    tier.go.set()
+    there = wait_until_read(h, 4)
+    time.sleep(0.01)
+    h.step()
+    [(size, at)] = seen
+    assert size == 4 * h.store.arena.slot_bytes
+    assert at <= there
+
+
+def test_what_comes_for_a_request_that_went_on_with_less_is_measured_too(
+    harness, tmp_path, monkeypatch
+):
+    h, tier = waiting(harness, tmp_path)
+    seen = landed(h, monkeypatch)
+    req = h.arrive(tokens(1, 1000))
+    ticket = h.linker._arrivals[req.rid].tickets[0]
+    while ticket.planning:
+        h.step()
+    h.linker._forget_arrival(req.rid)
+    h.step()
+    assert not seen
+    tier.go.set()
+    while ticket.reading:
+        h.step()
+    h.step()
+    assert [size for size, _ in seen] == [4 * h.store.arena.slot_bytes]
+    assert_nothing_held(h)
 
 
 def test_no_call_of_the_scheduler_waits_for_a_tier(harness, tmp_path):
