@@ -9,6 +9,7 @@ scheduler thread.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 
 _NEW = 0.3
@@ -61,10 +62,14 @@ class Patience:
         self._longest_s = longest_s
         self.prefill = Rate()  # tokens
         self.staging = Rate()  # bytes
+        self._doubted = inf  # the tiers are taken for no faster until something comes
 
     def waits(self, wait: Wait, outlook: Outlook) -> bool:
         if not wait.over:
-            wait.over = not self._is_worth(wait, outlook, monotonic())
+            now = monotonic()
+            wait.over = not self._is_worth(wait, outlook, now)
+            if wait.over and not (outlook.arrived or outlook.unknown):
+                self._doubt(outlook, now - wait.started)
         return not wait.over
 
     def _is_worth(self, wait: Wait, outlook: Outlook, now: float) -> bool:
@@ -84,12 +89,21 @@ class Patience:
             return True
         under_way = min(outlook.remaining, outlook.at_once)
         rate = (outlook.arrived + under_way / 2) / max(elapsed, 1e-6)
-        if not outlook.arrived and self.staging.value:
-            rate = min(rate, self.staging.value)
+        if not outlook.arrived:
+            rate = min(rate, self.staging.value or inf, self._doubted)
         return outlook.remaining * self.prefill.value < outlook.tokens * rate
+
+    def _doubt(self, outlook: Outlook, elapsed: float) -> None:
+        """A request waited in vain: those that come before anything does need not do the same. Half
+        of what would have been fast enough, so that it does not hang on a hair.
+        """
+        under_way = min(outlook.remaining, outlook.at_once)
+        self._doubted = min(self._doubted, under_way / 4 / max(elapsed, 1e-6))
 
     def landed(self, wait: Wait, size: int, at: float) -> None:
         """So many bytes came for a request, whether it waited for them or not, the last of them at
         that time.
         """
         self.staging.add(size, at - wait.started)
+        if size:
+            self._doubted = inf

@@ -74,6 +74,18 @@ def test_a_tier_that_turns_out_slower_is_given_up(clock):
     assert waited(clock, judge, wait, outlook()) == pytest.approx(0.512, abs=0.01)
 
 
+def test_only_the_first_waits_in_vain(clock):
+    """Until something comes: what is on its way may take long, and teaches only then."""
+    judge, wait = patient(clock, prefill=1000, longest=60)
+    assert waited(clock, judge, wait, outlook()) == pytest.approx(0.512, abs=0.01)
+    judge.prefill.value = 900  # never quite the same
+    assert not judge.waits(Wait(started=clock.now), outlook())
+    judge.landed(wait, 0, clock.now)  # all was lost
+    assert not judge.waits(Wait(started=clock.now), outlook())
+    judge.landed(wait, 100 * MB, clock.now)
+    assert judge.waits(Wait(started=clock.now), outlook())
+
+
 def test_nobody_waits_longer_than_it_takes_to_compute_all(clock):
     """However well it goes: the estimate may be wrong."""
     judge, wait = patient(clock, prefill=1000, longest=60)
