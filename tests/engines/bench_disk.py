@@ -25,8 +25,8 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,17 +145,14 @@ class Bench:
         cell.differing += answer.output_ids != self._expected[number]
 
     def _ask(self, cell: Cell, prompt: list[int], beside: Cell | None) -> Answer:
-        answers: list[Answer] = []
-        asked = threading.Thread(
-            target=lambda: answers.append(self.server.generate(prompt, ANSWER_TOKENS))
-        )
-        asked.start()
-        if beside is not None:
-            time.sleep(SMALL_DELAY_S)
-            beside.add(self._small())
-        asked.join()
-        cell.add(answers[0])
-        return answers[0]
+        with ThreadPoolExecutor(1) as another:
+            asked = another.submit(self.server.generate, prompt, ANSWER_TOKENS)
+            if beside is not None:
+                time.sleep(SMALL_DELAY_S)
+                beside.add(self._small())
+            answer = asked.result()
+        cell.add(answer)
+        return answer
 
     def _small(self) -> Answer:
         return self.server.generate(self._tokens(SMALL_TOKENS), 1)
