@@ -291,9 +291,12 @@ class Walk(UnifiedRadixCacheFixtures):
         return (base + self._make_seq(10_000 * self._seen, more))[: most * page]
 
     def insert(self) -> None:
-        self._ids = self.sequence()
-        if not self._room(len(self._ids)):
-            return
+        ids = self.sequence()
+        if self._room(len(ids)):
+            self.compute(ids)
+
+    def compute(self, ids: list[int]) -> None:
+        self._ids = ids
         result = self._insert(self.cache, self.alloc, self.table, self._ids)
         self._known.append(self._ids)
         if self.cfg.has_mamba:
@@ -303,7 +306,11 @@ class Walk(UnifiedRadixCacheFixtures):
         """A request matches, loads what the tree lacks, and leaves it to the tree or dies."""
         if not self._known or not self._room(0):
             return
-        ids = self._ids = self._rng.choice(self._known)
+        aborted = self._rng.random() < 0.1
+        self.serve(self._rng.choice(self._known), aborted=aborted)
+
+    def serve(self, ids: list[int], *, aborted: bool = False) -> None:
+        self._ids = ids
         req = self._make_req(self.table)
         match = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", ids)), req=req))
         self._apply_match_to_req(req, match)
@@ -312,7 +319,7 @@ class Walk(UnifiedRadixCacheFixtures):
         path = self.cache.path_device_indices(req.last_node)[:device]
         assert len(path) == device
         self._check_prefix(ids, path, 0)
-        if self._rng.random() < 0.1:  # aborted while it waits
+        if aborted:  # while it waits
             self.cache.linker.release_request(req.rid)
             self.cache.unlock(lock)
             self._drop(req)
@@ -427,6 +434,17 @@ class Walk(UnifiedRadixCacheFixtures):
         for buffer in (*self._full, *self._window, *self._states):
             buffer.zero_()
         assert self.free() == self._all_free
+
+    def restore(self) -> None:
+        """After all that: a prompt comes back whole."""
+        self.flush()
+        ids = self._make_seq(1, max(1, 64 // self.cfg.page_size))
+        self.compute(ids)
+        self.settle()
+        self.flush()
+        before = self.loaded
+        self.serve(ids)
+        assert self.loaded - before == len(ids)
 
     def end(self) -> None:
         """Nothing is left behind, neither in SGLang nor in lmc."""
