@@ -1,5 +1,26 @@
 """Ugly moments in a real SGLang with lmc: crowds, too little memory, retraction, a stop amid a
 spill, a disk that lies. Whatever happens, nobody is failed and no token is wrong.
+
+Each moment and its test, here and in tests/integrations (i) or test_sglang.py (e):
+
+    chunked prefill, off the chunk grid       e TestSwitchedOnByEnvironment (chunks of 320)
+    evicted while offloads are pending        64_different; i test_models.py random_prompts
+    retracted and resumed                     TestCrowds (SGLANG_TEST_RETRACT)
+    aborted: staging, waiting, promised,      i test_linker.py aborted_*; test_patience.py
+      queued, loading, storing                  aborted_while_it_waits
+    flushed while it loads, while it stores   i test_linker.py flush_*; test_models.py flush_*
+    weights changed in place, every kind      i test_linker.py weights_*; e new_weights_in_place;
+                                                the soak; compat.WEIGHT_CHANGES in test_compat.py
+    clients that vanish                       e aborted_while_*; the soak
+    64 identical prompts                      64_identical; i test_patience.py identical_*, twin_*
+    64 different ones                         64_different
+    a prompt larger than RAM                  larger_than_ram; i test_linker.py longer_than_ram
+    RAM full of what is held                  i test_linker.py full_ram_of_held_chunks
+    a tier that hangs                         i test_patience.py hangs; the soak
+    a tier that returns garbage               i test_linker.py damage_on_disk; the soak
+    a stop amid a spill                       stopped_while_it_spills; i acknowledged_is_there
+    another model in the same folder          i test_linker.py another_identity
+    ranks that fail or lag                    i test_ranks.py
 """
 
 from __future__ import annotations

@@ -245,6 +245,31 @@ def test_a_flush_during_a_store_keeps_what_was_copied(harness):
     assert 2000 - h.run(ids) <= 64
 
 
+def test_a_flush_while_a_load_is_under_way(harness):
+    h = stored(harness, 1000)
+    req = h.arrive(tokens(1, 1000))
+    h.load_back(req, h.match(req))
+    h.cache.reset()
+    h.alloc.clear()
+    assert_nothing_held(h)
+    assert h.run(tokens(1, 1000)) == 960
+
+
+def test_what_the_disk_acknowledged_is_there_after_a_stop_amid_a_spill(harness, tmp_path):
+    """The process goes with writes still queued: files are whole or absent."""
+    place = f"file://{tmp_path}?gb=1"
+    h = harness(LMC_TIERS=place)
+    h.run(tokens(1, 4000))
+    h.settle()
+    h.store._guards[0].close(0.0)
+    files = len(list(tmp_path.glob("chunks/*/*")))
+    again = harness(cold=True, LMC_TIERS=place)
+    again.run(tokens(1, 4000))
+    found = again.store.snapshot()
+    assert not [name for name in found if name.startswith("disk.miss")]
+    assert found.get("disk.hit", 0) <= files
+
+
 # --- weights that change in place
 
 

@@ -112,6 +112,22 @@ def test_turns_whose_beginning_is_on_the_device(harness, model):
     assert h.run(chat + tokens(99, 100)) == len(h.whole(chat))
 
 
+@pytest.mark.parametrize("model", ["mla", "swa", "mamba", "swa-mamba"])
+def test_a_flush_during_a_store_leaves_nothing_held(harness, model):
+    h = harness(model_kind=model)
+    chat = tokens(1, 700)
+    h.run(chat)
+    h.run(chat + tokens(2, 300))
+    h.cache.reset()  # at once, copies still under way
+    h.alloc.clear()
+    if "mamba" in model:
+        h.table.clear()
+    for lane in h.linker.lanes:
+        lane.store.ram.check()
+        assert not any(lane.store.ram._pins)
+    assert h.run(chat + tokens(2, 300) + tokens(3, 100)) == 960
+
+
 def test_a_window_that_is_gone_shortens_the_hit(harness):
     h = harness(model_kind="swa")
     ids = tokens(1, 1500)
