@@ -84,14 +84,26 @@ def layout_of(pool: DevicePool, page_tokens: int, chunk_tokens: int, *, any_page
     return KVLayout(page_tokens, chunk, planes, step)
 
 
-def shares_of(layouts: Sequence[KVLayout], pools: Sequence[DevicePool]) -> list[float]:
-    """Parts of RAM, so that all pools hold about as many tokens."""
+def shares_of(
+    layouts: Sequence[KVLayout], pools: Sequence[DevicePool], ram_bytes: int
+) -> list[int]:
+    """Parts of RAM, so that all pools hold about as many tokens. Raises ValueError if they are too
+    small to hold anything.
+    """
+    slots = [Arena.slot_size(layout.chunk_bytes) for layout in layouts]
     costs = [
-        Arena.slot_size(layout.chunk_bytes)
-        / (STATE_TOKENS if pool.kind is Kind.STATE else layout.chunk_tokens)
-        for layout, pool in zip(layouts, pools, strict=True)
+        slot / (STATE_TOKENS if pool.kind is Kind.STATE else layout.chunk_tokens)
+        for slot, layout, pool in zip(slots, layouts, pools, strict=True)
     ]
-    return [cost / sum(costs) for cost in costs]
+    shares = [int(ram_bytes * cost / sum(costs)) for cost in costs]
+    pairs = list(zip(slots, shares, costs, strict=True))
+    if len(pools) > 1 and any(share < 2 * slot for slot, share, _ in pairs):
+        enough = max(2 * slot * sum(costs) / cost for slot, _, cost in pairs)
+        raise ValueError(
+            f"LMC_RAM_GB: {ram_bytes / 1e9:.3f} GB for a rank hold fewer than two chunks of each "
+            f"of {len(pools)} pools; it takes {enough / 1e9:.3f} GB"
+        )
+    return shares
 
 
 class Move(NamedTuple):

@@ -174,7 +174,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 TieredStore(
                     layout,
                     namespace_of(server_args, config, pool, layout, of_pool),
-                    int(ram_bytes * share),
+                    share,
                     open_tiers(config),
                     stats=self.stats,
                     io_threads=max(1, config.io_threads // len(layouts)),
@@ -184,7 +184,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
                 writes=of_pool.writes,
             )
             for pool, layout, of_pool, share in zip(
-                described, layouts, ranks, shares_of(layouts, described), strict=True
+                described, layouts, ranks, shares_of(layouts, described, ram_bytes), strict=True
             )
         ]
         self._by_name = {PoolName(lane.pool.name): lane for lane in self.lanes}

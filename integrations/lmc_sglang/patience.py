@@ -75,7 +75,7 @@ class Patience:
     def _is_worth(self, wait: Wait, outlook: Outlook, now: float) -> bool:
         if outlook.arrived > wait.progress or not wait.since:
             wait.progress, wait.since = outlook.arrived, now
-        if now - wait.since >= self._longest_s:
+        if now - wait.since >= self._longest_for(outlook):
             return False
         if not self.prefill.value:
             return True
@@ -92,6 +92,13 @@ class Patience:
         if not outlook.arrived:
             rate = min(rate, self.staging.value or inf, self._doubted)
         return outlook.remaining * self.prefill.value < outlook.tokens * rate
+
+    def _longest_for(self, outlook: Outlook) -> float:
+        """Chunks that are read together come together: on a slow disk not so soon."""
+        if not (self._longest_s and self.prefill.value and self.staging.value):
+            return self._longest_s
+        under_way = min(outlook.remaining, outlook.at_once)
+        return max(self._longest_s, 1.5 * under_way / self.staging.value)
 
     def _doubt(self, outlook: Outlook, elapsed: float) -> None:
         """A request waited in vain: those that come before anything does need not do the same. Half

@@ -100,6 +100,8 @@ def describe(params: Any, components: Any) -> tuple[DevicePool, ...]:
     if set(components) != expected:
         names = ", ".join(sorted(str(getattr(c, "name", c)) for c in components))
         raise ValueError(_refusal(kv, f"a tree of {names}"))
+    if (found := params.token_to_kv_pool_allocator.page_size) != page:
+        raise ValueError(_refusal(kv, f"pages of {found} tokens in a tree of {page}"))
     drafts = (*params.sidecar_draft_device_pools, *params.mtp_draft_device_pools)
     pools = [_full(full, layers, drafts, params)]
     if window is not None:

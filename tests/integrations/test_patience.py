@@ -86,6 +86,15 @@ def test_only_the_first_waits_in_vain(clock):
     assert judge.waits(Wait(started=clock.now), outlook())
 
 
+def test_chunks_of_a_slow_disk_may_take_longer_than_the_setting_says(clock):
+    """Known to bring four of them in a second, where all eight take four to compute."""
+    judge, wait = patient(clock, prefill=512, staging=4 * MB, longest=0.5)
+    clock.now += 0.9
+    assert judge.waits(wait, outlook())
+    clock.now += 0.2
+    assert judge.waits(wait, outlook(arrived=4, remaining=4))
+
+
 def test_nobody_waits_longer_than_it_takes_to_compute_all(clock):
     """However well it goes: the estimate may be wrong."""
     judge, wait = patient(clock, prefill=1000, longest=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import msgspec
 import pytest
@@ -45,6 +46,19 @@ def test_a_window_that_requests_keep_for_themselves(harness, monkeypatch):
     monkeypatch.setattr(kv, "swa_req_ring_size", 128)
     with pytest.raises(ValueError, match="requests keep for themselves"):
         described(params, params.tree_components)
+
+
+def test_pages_of_another_size_than_the_trees(params, monkeypatch):
+    monkeypatch.setattr(params.token_to_kv_pool_allocator, "page_size", 16)
+    with pytest.raises(ValueError, match="pages of 16 tokens in a tree of 64"):
+        described(params)
+
+
+def test_too_little_ram_for_several_pools_says_how_much_it_takes(harness):
+    with pytest.raises(ValueError, match=r"two chunks of each of 3 pools; it takes") as refusal:
+        harness(model_kind="swa-mamba", LMC_RAM_GB="0.002")
+    enough = re.search(r"takes ([0-9.]+) GB", str(refusal.value))[1]
+    harness(model_kind="swa-mamba", LMC_RAM_GB=str(float(enough) + 0.001))
 
 
 def test_int8_states(harness, monkeypatch):

@@ -14,6 +14,7 @@ from lmc.transfer.pages import PagedPool, Piece, Transfer
 BF16 = torch.bfloat16
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 TOKENS, HEADS, DIM, LAYERS = 48, 2, 64, 2
+PAIRS = [layer for layer in range(LAYERS) for _ in "KV"]
 RowOfPieces = tuple[tuple[int, int, int], ...]  # chunk_pages, first, pages
 
 
@@ -36,32 +37,32 @@ def sglang(layout: Layout, page: int) -> PagedPool:
     """[slots, heads, dim] of each layer's K and V."""
     slots = max(TOKENS, 3 * page)
     planes = [layout.tensor(slots, HEADS, DIM) for _ in range(2 * LAYERS)]
-    return PagedPool.from_slots(planes, page, [i // 2 for i in range(2 * LAYERS)])
+    return PagedPool.from_slots(planes, page, PAIRS)
 
 
 def opaque(layout: Layout, *shape: int, dtype: torch.dtype = BF16) -> PagedPool:
     """[pages, ...] of each layer's K and V: whatever a page holds, it is one run of bytes."""
     planes = [layout.tensor(*shape, dtype=dtype) for _ in range(2 * LAYERS)]
-    return PagedPool.from_slots(planes, 1, [i // 2 for i in range(2 * LAYERS)])
+    return PagedPool.from_slots(planes, 1, PAIRS)
 
 
 def vllm_kv_first(layout: Layout) -> PagedPool:
     """[2, pages, page, heads, dim]."""
     layers = [layout.tensor(2, 6, 16, HEADS, DIM) for _ in range(LAYERS)]
-    return PagedPool.from_slots([layer[kv] for layer in layers for kv in (0, 1)], 1, 2)
+    return PagedPool.from_slots([layer[kv] for layer in layers for kv in (0, 1)], 1, PAIRS)
 
 
 def vllm_pages_first(layout: Layout) -> PagedPool:
     """[pages, 2, page, heads, dim]: pages of K lie a page of V apart."""
     layers = [layout.tensor(6, 2, 16, HEADS, DIM) for _ in range(LAYERS)]
-    return PagedPool.from_slots([layer[:, kv] for layer in layers for kv in (0, 1)], 1, 2)
+    return PagedPool.from_slots([layer[:, kv] for layer in layers for kv in (0, 1)], 1, PAIRS)
 
 
 def across_layers(layout: Layout) -> PagedPool:
     """[pages, layers, 2, page, heads, dim]: one block for all layers."""
     block = layout.tensor(6, LAYERS, 2, 16, HEADS, DIM)
     planes = [block[:, layer, kv] for layer in range(LAYERS) for kv in (0, 1)]
-    return PagedPool.from_slots(planes, 1, 2)
+    return PagedPool.from_slots(planes, 1, PAIRS)
 
 
 def rows(

@@ -24,7 +24,7 @@ from lmc.transfer import PagedPool, Piece, gather, resolve, scatter
 assert "numpy" not in sys.modules
 backend = resolve("auto", torch.device("cpu"))
 planes = [torch.randint(256, (9, 1000), dtype=torch.uint8) for _ in range(4)]
-pool, ids = PagedPool(planes, 2), torch.tensor([7, 0, 3])
+pool, ids = PagedPool(planes, [0, 0, 1, 1]), torch.tensor([7, 0, 3])
 chunk = torch.zeros(pool.chunk_bytes(3), dtype=torch.uint8)
 before = [plane.clone() for plane in planes]
 gather(pool, ids, [Piece(chunk.data_ptr(), 3, 0, 3)], backend=backend)
