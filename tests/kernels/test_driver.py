@@ -158,7 +158,9 @@ def test_kernels_that_take_arguments_one_by_one_move_their_bytes(fake: Fake, thr
 
 
 def small_pool() -> PagedPool:
-    return PagedPool([torch.randint(256, (8, 64), dtype=torch.uint8) for _ in range(4)], [0, 0, 1, 1])
+    return PagedPool(
+        [torch.randint(256, (8, 64), dtype=torch.uint8) for _ in range(4)], [0, 0, 1, 1]
+    )
 
 
 def chunk_for(pool: PagedPool, pages: int = 4) -> torch.Tensor:
