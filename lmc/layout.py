@@ -41,6 +41,7 @@ class KVLayout:
     chunk_tokens: int
     plane_bytes: tuple[int, ...]
     step_tokens: int = 0
+    min_chunk_tokens: int = MIN_CHUNK_TOKENS
     page_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,10 +57,10 @@ class KVLayout:
                 f"pages of {page} tokens are not supported: neither a divisor of {MIN_STEP_TOKENS} "
                 "nor more than that"
             )
-        if chunk < MIN_CHUNK_TOKENS:
+        if chunk < self.min_chunk_tokens:
             raise ValueError(
-                f"LMC_CHUNK_TOKENS={chunk}: below {MIN_CHUNK_TOKENS} tokens a chunk costs more to "
-                "name and to read than its tokens cost to recompute"
+                f"LMC_CHUNK_TOKENS={chunk}: below {self.min_chunk_tokens} tokens a chunk costs more "
+                "to name and to read than its tokens cost to recompute"
             )
         if chunk % page or chunk % self.step_tokens:
             raise ValueError(

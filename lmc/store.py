@@ -272,6 +272,7 @@ class TieredStore:
             "ram.idle_slots": self.ram.num_idle,
             "ram.evictions": self.ram.evictions,
             "staged_slots": len(self._staged),
+            "warming": self._num_warming,
             "spill_queue_bytes": sum(guard.write_bytes for guard in self._guards),
         }
 

@@ -2,7 +2,7 @@
 prefix goes of which all pools hold what it needs. Owned by the scheduler thread.
 
     full attention    every page: whole chunks and a tail, each begun where the chunk before ends
-    sliding window    the last pages: chunks no longer than the window, each for itself
+    sliding window    the last pages: chunks of a page (of 16 tokens at least), each for itself
     recurrent state   one slot at the prefix's end: a chunk for itself, named as its last page
 
 SGLang counts pages and names each by a chained digest, the same in all pools. A list of digests
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from lmc.keys import Key
-from lmc.layout import KVLayout
+from lmc.layout import MIN_STEP_TOKENS, KVLayout
 from lmc.tiers.arena import Arena
 from lmc.tiers.ram import Chunk
 from lmc.transfer import Piece, Transfer
@@ -73,15 +73,12 @@ def layout_of(pool: DevicePool, page_tokens: int, chunk_tokens: int, *, any_page
     if pool.kind is Kind.STATE:
         return KVLayout(_ONE_PAGE, _ONE_PAGE, planes)
     step = page_tokens if any_page else 0
-    if pool.kind is Kind.FULL:
-        if any_page:
-            chunk_tokens = min(chunk_tokens, max(page_tokens, _ONE_PAGE))
-        return KVLayout(page_tokens, chunk_tokens, planes, step)
-    chunk = max(page_tokens, _ONE_PAGE)
-    if not any_page:  # a chunk whose beginning slid out of the window is of no use
-        while chunk * 2 <= min(pool.window_pages * page_tokens, chunk_tokens):
-            chunk *= 2
-    return KVLayout(page_tokens, chunk, planes, step)
+    if pool.kind is Kind.WINDOW:  # SGLang keeps a window to the page: a longer chunk begins before
+        chunk = max(page_tokens, MIN_STEP_TOKENS)
+        return KVLayout(page_tokens, chunk, planes, step, min_chunk_tokens=chunk)
+    if any_page and page_tokens < MIN_STEP_TOKENS:
+        chunk_tokens = min(chunk_tokens, _ONE_PAGE)
+    return KVLayout(page_tokens, chunk_tokens, planes, step)
 
 
 def shares_of(

@@ -159,9 +159,7 @@ class LmcLinker(UnifiedCacheLinker):  # type: ignore[misc]
             lambda: compat.engine_streams(device, self.forward_stream),
         )
         self.stats = Stats()
-        # without buffers of its own a state may end a prefix at any page
-        any_page = not params.enable_mamba_extra_buffer and len(described) > 1
-        any_page = any_page and any(pool.kind is Kind.STATE for pool in described)
+        any_page = len(described) > 1  # windows and states end where SGLang's nodes do
         layouts = [
             layout_of(pool, params.page_size, config.chunk_tokens, any_page=any_page)
             for pool in described

@@ -213,6 +213,7 @@ def is_quiet(state: dict[str, Any]) -> bool:
         state
         and slots == state["ram.slots"]
         and not state["staged_slots"]
+        and not state["warming"]
         and not state["spill_queue_bytes"]
     )
 

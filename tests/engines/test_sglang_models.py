@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.engines.models import model
+from tests.engines.soak import is_quiet, settled
 from tests.engines.test_sglang import ask, same, tokens, whole_pages
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ class Run:
         self.environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if flags == TWO_RANKS else {}
         self.settings = {
             "LMC_ENABLE": "1",
-            "LMC_RAM_GB": "1",
+            "LMC_RAM_GB": "4",
             "LMC_TIERS": f"file://{folder}?gb=4",
-            "LMC_STAGE_WAIT_MS": "20000",
         }
         self.prompts = prompts_of(number)
 
@@ -89,7 +89,9 @@ class Run:
         return own, again
 
     def restarted(self) -> list[Answer]:
+        """What was used last has come up by itself: how fast a disk is must not decide here."""
         with self.start(self.settings) as server:
+            assert is_quiet(settled(server))
             return after_flushes(server, self.prompts)
 
 

@@ -1,15 +1,24 @@
-"""Prefill attention that uses a cached prefix.
+"""Prefill attention that uses a cached prefix, and sliding windows that are read where they lie.
 
 SGLang's `torch_native` backend pads the queries to the length of the KV, so a cached prefix still
 costs a full n x n attention. This one computes the new queries only: a hit of 2,048 of 2,050
 tokens takes 0.28 s instead of 1.46 s. It stands in for
 `TorchNativeAttnBackend._run_sdpa_forward_extend`, hence the signature.
+
+That backend writes the KV of a sliding window to slots of the window's own pool and reads it from
+those of full attention, which are the same only as long as both pools give out theirs in step.
 """
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def extend(
@@ -56,6 +65,33 @@ def extend(
         output[new] = result.squeeze(0).movedim(0, 1)
         start += num_new
     return output
+
+
+def in_windows(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, for layers with a sliding window, with the slots of the window's pool."""
+
+    @wraps(run)
+    def call(
+        self: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        *args: Any,
+        sliding_window_size: int | None = None,
+        **more: Any,
+    ) -> Any:
+        translate = getattr(self.token_to_kv_pool, "translate_loc_from_full_to_swa", None)
+        if sliding_window_size is not None and translate is not None:
+            req_to_token = translate(req_to_token[req_pool_indices].long())
+            req_pool_indices = torch.arange(len(req_to_token))
+        more["sliding_window_size"] = sliding_window_size
+        caches = (query, output, k_cache, v_cache)
+        return run(self, *caches, req_to_token, req_pool_indices, *args, **more)
+
+    return call
 
 
 def visible(num_cached: int, num_all: int, window: int | None) -> torch.Tensor | None:

@@ -22,11 +22,13 @@ class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-        from .attention import extend
+        from .attention import extend, in_windows
         from .pinning import do_without
 
         do_without()
-        TorchNativeAttnBackend._run_sdpa_forward_extend = extend
+        backend = TorchNativeAttnBackend
+        backend._run_sdpa_forward_extend = in_windows(extend)
+        backend._run_sdpa_forward_decode = in_windows(backend._run_sdpa_forward_decode)
 
     def post_load_model(self, model: object) -> None:
         """MLA models take the absorbed (latent) path: torch_native reads no latent KV as MHA."""
