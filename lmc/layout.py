@@ -59,8 +59,8 @@ class KVLayout:
             )
         if chunk < self.min_chunk_tokens:
             raise ValueError(
-                f"LMC_CHUNK_TOKENS={chunk}: below {self.min_chunk_tokens} tokens a chunk costs more "
-                "to name and to read than its tokens cost to recompute"
+                f"LMC_CHUNK_TOKENS={chunk}: below {self.min_chunk_tokens} tokens a chunk costs "
+                "more to name and to read than its tokens cost to recompute"
             )
         if chunk % page or chunk % self.step_tokens:
             raise ValueError(
