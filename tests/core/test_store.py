@@ -159,6 +159,7 @@ def test_snapshot(store: TieredStore) -> None:
         "ram.idle_slots": 8,
         "ram.evictions": 0,
         "staged_slots": 0,
+        "warming": 0,
         "spill_queue_bytes": 0,
     }
 
