@@ -98,7 +98,7 @@ FIELDS = {
     f"{_CACHING}.cache_init_params.CacheInitParams": (
         *("page_size", "is_eagle", "req_to_token_pool", "token_to_kv_pool_allocator"),
         *("tp_cache_group", "attn_tp_cache_group", "pp_size", "attn_cp_size"),
-        *("sliding_window_size", "swa_retain_window", "enable_mamba_extra_buffer"),
+        "swa_retain_window",
         *("sidecar_draft_device_pools", "mtp_draft_device_pools", "mtp_draft_mamba_pools"),
     ),
     f"{_CACHING}.hicache_storage.PoolTransfer": ("name", "keys", "device_indices"),

@@ -68,8 +68,8 @@ class StreamJob:
 
     def let_wait(self, layer: int | None = None) -> None:
         """What is put into the engine's streams from now on runs after this, or after a layer of
-        it; at once where all is over, or it failed before that layer. A wait that the driver
-        refuses makes the job one that failed.
+        it (where it has no such layer, as it failed before that, after all of it); at once where
+        all is over. A wait that the driver refuses makes the job one that failed.
         """
         if layer is None or layer >= len(self._layers):
             events = [self._end] if self._end else []

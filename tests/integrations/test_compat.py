@@ -54,6 +54,17 @@ def test_an_untested_release_only_warns(monkeypatch, caplog):
     assert "was tested with 0.0.1" in caplog.text
 
 
+def test_a_fused_draft_waits_for_the_load_of_its_batch():
+    waited = []
+    counter = LayerCounter(3)
+    index = counter.begin(SimpleNamespace(let_wait=waited.append))
+    counter.events[index].wait(2)
+    counter.end(index)
+    counter.events[index].wait(2)
+    counter.events[-1].wait(2)
+    assert waited == [2]
+
+
 COUNTER_USERS = (
     "sglang.srt.mem_cache.memory_pool",
     "sglang.srt.managers.tp_worker",
