@@ -56,6 +56,10 @@ class _Target:
     guard: Guard
 
 
+_UNWANTED = "unwanted"
+"""In place of a chunk: all who waited for it have gone."""
+
+
 class Ticket:
     """One request's staging: what is on its way, and what has arrived and is held for it until
     `close`.
@@ -66,6 +70,7 @@ class Ticket:
         self.serial = serial
         self.created = time.monotonic()
         self.closed = False
+        self.unwanted = False  # its owner closed it: what is not being read yet need not be
         self.came = 0  # chunks read for it, also after `close`
         self.came_at = self.created  # the last of them, whenever the owner heard of it
         self._store = store
@@ -105,9 +110,13 @@ class Ticket:
         return len(self._held)
 
     def close(self) -> None:
-        """Let go of what was held; what is still on its way arrives unpinned. May be called
-        again.
+        """Let go of what was held. What is being read arrives unpinned, what is not yet is left
+        where it is unless others wait for it. May be called again.
         """
+        self.unwanted = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         if not self.closed:
             self.closed = True
             self._store._close_ticket(self)
@@ -222,7 +231,7 @@ class TieredStore:
         """
         count = self._done.run(timeout_s)
         while self._tickets and time.monotonic() - self._tickets[0].created > TICKET_LIFE_S:
-            self._tickets.popleft().close()
+            self._tickets.popleft()._let_go()  # somebody may come for it yet
         return count
 
     def renew(self) -> None:
@@ -505,11 +514,17 @@ class TieredStore:
         steps = (target.end - 1) % layout.chunk_steps + 1
 
         def work(tier: Tier) -> tuple[tuple[Key, ...] | str, float]:
+            if waiting and all(ticket.unwanted for ticket in waiting):
+                return _UNWANTED, 0.0
             found = _read_verified(tier, view, namespace, layout, target.key, steps)
             return found, time.monotonic()
 
         def arrived(result: tuple[tuple[Key, ...] | str, float] | None) -> None:
             found, at = result or ("error", 0.0)
+            if found == _UNWANTED and not all(ticket.unwanted for ticket in waiting):
+                if self._read(target, lease, waiting):  # somebody joined meanwhile
+                    return
+                found = "error"
             self._num_fetching -= 1
             if isinstance(found, tuple):
                 self.stats.add(f"{target.guard.name}.hit")

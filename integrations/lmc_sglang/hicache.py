@@ -98,6 +98,7 @@ class LmcHiCache(HiCacheStorage):  # type: ignore[misc]
         kernels = config.kernels if config.kernels == "torch" else "auto"
         backend = resolve(kernels, torch.device("cpu"))
         self._pages = PageStore(pool.pages, store, backend, config.stage_wait_s)
+        store.warm()
         compat.listen_to_hicache(self)
 
     # --- what HiCache asks

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 STATE_TOKENS = 1024
 """A state weighs as much as it does if prefixes end this far apart: about one a request."""
 MAX_LOOKS = 4096
+"""Chunks of windows, and ends of prefixes for a state, looked for in RAM."""
 MAX_LOOKS_BELOW = 64
-"""Ends of prefixes tried for a state in RAM, and in the tiers below it one by one; these are tried
-at every _FAR_PAGES pages before that as well.
+"""Ends of prefixes tried for a state in the tiers below RAM, one by one; these are tried at every
+_FAR_PAGES pages before that as well.
 """
 _FAR_PAGES = 64
 _ONE_PAGE = 64
@@ -187,19 +188,12 @@ class Lane:
         return self.store.stage(self.steps(digests[begin:end], begin)[1])
 
     def touch(self, digests: Sequence[str]) -> None:
-        """A sequence is in use from its first page on. Full attention needs no such word: `stage`
-        says it.
+        """A sequence is in use, its windows and states on the way to its end too, the last
+        MAX_LOOKS of them. Full attention needs no such word: `stage` says it.
         """
-        ram = self.store.ram
-        if self.kind is Kind.STATE:
-            for key in map(_decode, digests[-MAX_LOOKS:]):
-                if key in ram:
-                    ram.touch(ram.find([key]))
-            return
-        _, keys = self.steps(digests, 0)
-        whole = self.layout.chunk_steps
-        for begin in range(0, len(keys), whole):
-            ram.touch(ram.find(keys[begin : begin + whole], begin))
+        whole = self.layout.chunk_pages
+        ends = digests[whole - 1 :: whole] if self.kind is Kind.WINDOW else digests
+        self.store.ram.touch_each(map(_decode, ends[-MAX_LOOKS:]))
 
     # --- from chunks to pages
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..keys import KEY_BYTES, Key, split_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .arena import Arena
 
@@ -208,6 +208,14 @@ class RamTier:
     def touch(self, spans: Sequence[Span]) -> None:
         """Make a chain the hottest, its beginning hottest of all."""
         self._heat([span.slot for span in spans])
+
+    def touch_each(self, keys: Iterable[Key]) -> None:
+        """Make chunks that stand for themselves the hottest, the last one hottest of all."""
+        index, lru = self._index, self._lru
+        for key in keys:
+            slot = index.get(key, NOBODY)
+            if slot in lru:
+                lru.move_to_end(slot)
 
     def cool(self, slot: int) -> None:
         """Make a chunk that nobody asked for the coldest, if nothing here builds on it: it goes

@@ -134,3 +134,11 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.001)
+
+
+def poll_until(store: TieredStore, condition: Callable[[], object]) -> None:
+    def polled() -> object:
+        store.poll()
+        return condition()
+
+    wait_until(polled)

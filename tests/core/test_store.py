@@ -34,6 +34,7 @@ from tests.core.chunks import (
     get,
     keys_of,
     open_store,
+    poll_until,
     push_out,
     put,
     slots,
@@ -41,7 +42,7 @@ from tests.core.chunks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from lmc.keys import Key
@@ -420,7 +421,7 @@ def test_what_arrives_for_a_closed_ticket_is_kept_but_not_held(
     hang = threading.Event()
     below.plan("read", Fault(hang=hang))
     ticket = store.stage(A)
-    wait_until(lambda: store.poll() or below.calls["read"])
+    poll_until(store, lambda: below.calls["read"])
     ticket.close()
     assert ticket.done
     hang.set()
@@ -438,6 +439,78 @@ def test_ticket_closed_while_the_tier_is_asked(store: TieredStore, below: Faulty
     hang.set()
     store.drain(10.0)
     assert below.calls["read"] == 0
+
+
+def read_one_by_one(below: FaultyTier, keys: Sequence[Key]) -> tuple[TieredStore, threading.Event]:
+    """A store that reads one chunk at a time, and what lets the first one through."""
+    store = open_store(below, num_chunks=16, io_threads=1)
+    put_below(store, keys)
+    hang = threading.Event()
+    below.plan("read", Fault(hang=hang))
+    return store, hang
+
+
+def test_what_nobody_waits_for_any_more_is_not_read(below: FaultyTier) -> None:
+    store, hang = read_one_by_one(below, A)
+    ticket = store.stage(A)
+    poll_until(store, lambda: below.calls["read"])
+    assert ticket.remaining == 8
+    ticket.close()
+    hang.set()
+    assert store.drain(10.0)
+    assert below.calls["read"] == 1
+    assert store.stats.count("memory.miss.unwanted") == 7
+    assert get(store, A) == 4
+    store.ram.check()
+    store.close()
+
+
+def test_what_another_still_waits_for_is_read(below: FaultyTier) -> None:
+    store, hang = read_one_by_one(below, A)
+    gone, waiting = store.stage(A), store.stage(A[:16])
+    poll_until(store, lambda: below.calls["read"] and waiting.remaining == 4)
+    gone.close()
+    hang.set()
+    assert store.settle(waiting, 10.0)
+    assert store.drain(10.0)
+    assert get(store, A) == 16
+    assert below.calls["read"] == 4
+    waiting.close()
+    store.close()
+
+
+def test_who_joins_as_a_read_is_given_up_gets_it(below: FaultyTier) -> None:
+    store, hang = read_one_by_one(below, A[:8])
+    gone = store.stage(A[:8])
+    poll_until(store, lambda: below.calls["read"])
+    gone.close()
+    hang.set()
+    wait_until(lambda: store._done._done.qsize() == 2)  # the store has not heard of it yet
+    late = store.stage(())
+    store._fetching[A[7]].append(late)
+    late._coming.add(A[7])
+    assert store.settle(late, 10.0)
+    assert late.arrived == 1
+    assert get(store, A) == 8
+    assert store.stats.count("memory.miss.unwanted") == 0
+    late.close()
+    store.close()
+
+
+def test_what_a_ticket_too_old_waits_for_is_still_read(
+    below: FaultyTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request may come yet."""
+    store, hang = read_one_by_one(below, A)
+    ticket = store.stage(A)
+    poll_until(store, lambda: below.calls["read"])
+    monkeypatch.setattr(module, "TICKET_LIFE_S", 0.0)
+    store.poll()
+    assert ticket.closed
+    hang.set()
+    assert store.drain(10.0)
+    assert get(store, A) == 32
+    store.close()
 
 
 def test_settle_waits_no_longer_than_told(store: TieredStore, below: FaultyTier) -> None:
@@ -481,9 +554,9 @@ def test_what_another_request_brings_takes_no_more_room(below: FaultyTier) -> No
     hang = threading.Event()
     below.plan("read", Fault(hang=hang))  # one of four; a thread is left for the others
     first = store.stage(A[:16])
-    wait_until(lambda: store.poll() or store._num_fetching == 1)
+    poll_until(store, lambda: store._num_fetching == 1)
     second = store.stage(A[:16])
-    wait_until(lambda: store.poll() or len(second._coming) == 1)
+    poll_until(store, lambda: len(second._coming) == 1)
     hang.set()
     assert store.settle(second, 10.0)
     third = store.stage(A[:16])
@@ -506,9 +579,9 @@ def test_room_is_given_in_the_order_of_arrival(below: FaultyTier) -> None:
     below.plan("probe", Fault(hang=hang))  # the first is answered last
     tickets = [store.stage(keys) for keys in docs]
     assert store.settle(tickets[1], 10.0)
-    wait_until(lambda: store.poll() or len(store._queue) == 2)
+    poll_until(store, lambda: len(store._queue) == 2)
     hang.set()
-    wait_until(lambda: store.poll() or len(store._queue) == 3)
+    poll_until(store, lambda: len(store._queue) == 3)
     order: list[int] = []
     while len(order) < 4:
         (n,) = [n for n, ticket in enumerate(tickets) if ticket.done and not ticket.closed]
@@ -526,7 +599,7 @@ def test_half_of_ram_is_never_passed_while_chunks_of_old_weights_come(below: Fau
     hang = threading.Event()
     below.plan("read", Fault(hang=hang), times=2)
     store.stage(A[:16])
-    wait_until(lambda: store.poll() or below.calls["read"] == 2)
+    poll_until(store, lambda: below.calls["read"] == 2)
     store.renew()
     assert store._num_fetching == 4
     hang.set()
@@ -568,7 +641,7 @@ def test_chunk_stored_while_it_is_being_fetched(store: TieredStore, below: Fault
     hang = threading.Event()
     below.plan("read", Fault(hang=hang), times=2)
     ticket = store.stage(A[:6] + A[6:8])
-    wait_until(lambda: store.poll() or below.calls["read"] == 2)
+    poll_until(store, lambda: below.calls["read"] == 2)
     assert put(store, A[:8]) == 0  # on its way already
     hang.set()
     assert store.settle(ticket, 10.0)
@@ -583,7 +656,7 @@ def test_longer_chunk_stored_while_its_tail_is_being_fetched(
     hang = threading.Event()
     below.plan("read", Fault(hang=hang), times=2)
     ticket = store.stage(A[:6])
-    wait_until(lambda: store.poll() or below.calls["read"] == 2)
+    poll_until(store, lambda: below.calls["read"] == 2)
     assert put(store, A[:8]) == 1
     hang.set()
     assert store.settle(ticket, 10.0)
@@ -626,7 +699,7 @@ def test_renew_with_everything_in_flight(store: TieredStore, below: FaultyTier) 
     below.plan("read", Fault(hang=hang), times=2)
     below.plan("write", Fault(hang=hang))
     fetching, waiting = store.stage(A), store.stage(B)
-    wait_until(lambda: store.poll() or below.calls["read"] == 2)
+    poll_until(store, lambda: below.calls["read"] == 2)
     put(store, C[:8])
     reading = store.acquire(C)
     writing = store.reserve(chunks_of(C[:16]))
@@ -659,7 +732,7 @@ def test_same_chunk_is_fetched_anew_while_the_old_one_is_still_coming() -> None:
     hang = threading.Event()
     below.plan("read", Fault(hang=hang))
     store.stage(A[:4])
-    wait_until(lambda: store.poll() or below.calls["read"])
+    poll_until(store, lambda: below.calls["read"])
     store.renew()
     put(store, A[:4])
     store.drain(0.2)
@@ -977,7 +1050,7 @@ def test_nobody_joins_a_fetch_that_hangs(
     hang = threading.Event()
     below.plan("read", Fault(hang=hang))
     stuck = store.stage(A[:4])
-    wait_until(lambda: store.poll() or below.calls["read"])
+    poll_until(store, lambda: below.calls["read"])
     later = store.stage(A[:4])
     wait_until(lambda: store._done._done.qsize())
     monkeypatch.setattr(guard, "JOB_TIMEOUT_S", 0.0)
@@ -1073,7 +1146,7 @@ def test_close_does_not_wait_for_a_hanging_tier_and_leaves_it_its_memory(
     hang = threading.Event()
     below.plan("read", Fault(hang=hang))
     store.stage(A)
-    wait_until(lambda: store.poll() or below.calls["read"] == 2)
+    poll_until(store, lambda: below.calls["read"] == 2)
     started = time.monotonic()
     store.close(0.1)
     assert time.monotonic() - started < 10

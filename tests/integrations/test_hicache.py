@@ -30,6 +30,7 @@ from lmc.testing import FaultyTier
 from lmc.testing.faulty import Fault
 from lmc.tiers import open_tiers
 from lmc_sglang import compat, page_store, switch
+from tests.core.chunks import wait_until
 from tests.integrations.fixtures import SERVER_ARGS, make_model
 
 PAGE, LAYERS = 64, 4
@@ -284,6 +285,18 @@ def test_pages_come_back_after_a_restart(door, tmp_path, kind, layout):
     assert second.load(keys) == 10
     third = door(kind, layout, LMC_TIERS=below(tmp_path))
     assert third.load(keys[3:]) == 7, "a page that nobody asked for first is brought up as well"
+
+
+def test_what_was_used_last_comes_up_by_itself(door, tmp_path):
+    keys = chain("a", 6)
+    first = door(LMC_TIERS=below(tmp_path))
+    first.keep(keys)
+    first.close()
+    second = door(LMC_TIERS=below(tmp_path))
+    wait_until(lambda: not second.storage.snapshot()["warming"])
+    assert second.storage.snapshot()["disk.warmed"] == 6
+    assert second.load(keys) == 6
+    assert "disk.hit" not in second.storage.snapshot()
 
 
 DIFFERENCES = {

@@ -332,6 +332,17 @@ def test_touching_the_end_of_a_chain_keeps_its_beginning(ram: Ram) -> None:
     assert evict_one_by_one(ram, [*B, *A])[:4] == [3, 2, 1, 0]
 
 
+def test_chunks_for_themselves_are_touched_where_they_are(ram: Ram) -> None:
+    cold = keys_of("c", 4)
+    for keys in (A[:4], B[:4], cold):
+        ram.put(keys)
+    ram.touch_each([B[3], keys_of("unknown", 1)[0], A[3]])
+    ram.check()
+    lease = ram.reserve(chunks_of(keys_of("filler", 4 * (ram.num_free + 2))))
+    assert [ram.hit(keys) for keys in (cold, B[:4], A[:4])] == [0, 0, 4]
+    lease.abort()
+
+
 def test_branch_that_is_cold_goes_before_the_shared_beginning(ram: Ram) -> None:
     ram.put(A[:8])
     cold = keys_of("cold", 8, after=A[:4])
