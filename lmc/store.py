@@ -260,6 +260,11 @@ class TieredStore:
         """Whether `warm` goes on, which takes a `poll` now and then."""
         return self._num_warming > 0
 
+    @property
+    def num_staged(self) -> int:
+        """Slots held by tickets."""
+        return len(self._staged)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until no tier has anything to do; whether that came about in time."""
         deadline = time.monotonic() + timeout_s
@@ -280,7 +285,7 @@ class TieredStore:
             "ram.free_slots": self.ram.num_free,
             "ram.idle_slots": self.ram.num_idle,
             "ram.evictions": self.ram.evictions,
-            "staged_slots": len(self._staged),
+            "staged_slots": self.num_staged,
             "warming": self._num_warming,
             "spill_queue_bytes": sum(guard.write_bytes for guard in self._guards),
         }

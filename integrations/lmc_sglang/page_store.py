@@ -3,8 +3,7 @@ HiCache does not say where in its sequence a page stands, and a page's digest co
 
 The store is owned by whoever holds the lock. Nobody waits for a tier or copies while holding it:
 what a copy reads is pinned, and what it writes is seen by nobody yet. What was said to be there
-stays pinned until it is loaded, or for a while, because a decode server of SGLang's gives up a
-request whose promised pages do not come.
+stays pinned, or is on its way up, until it is loaded, or for a while.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmc.tiers.ram import Chunk
 from lmc.transfer import Piece, gather, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -35,6 +35,20 @@ CLOSE_DRAIN_S = 60.0
 _LOOK_S = 0.002
 
 
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """Pages that were said to be there: pinned, and on their way up."""
+
+    until: float
+    lease: ReadLease
+    ticket: Ticket | None
+
+    def end(self) -> None:
+        self.lease.release()
+        if self.ticket is not None:
+            self.ticket.close()
+
+
 class PageStore:
     """Keys of consecutive pages in, leading runs out."""
 
@@ -45,33 +59,42 @@ class PageStore:
         self._stage_wait_s = stage_wait_s
         self._turn = threading.Condition()
         self._copies = 0  # under way
-        self._promises: dict[Key, tuple[float, ReadLease]] = {}  # by their last key, oldest first
+        self._promises: dict[Key, _Promise] = {}  # by their last key, oldest first
         self._stale = False  # the engine holds KV of weights that are no more
         self._closed = False
 
     def find(self, keys: Sequence[Key], *, firmly: bool) -> int:
-        """Leading pages that can be loaded now, those that lower tiers bring up in time included.
+        """Leading pages that can be loaded.
 
-        `firmly` is for the scheduler's own thread: a single short wait, and only what is pinned is
-        answered. Otherwise the wait goes on while something arrives, and what is in RAM counts even
-        where no more may be pinned.
+        `firmly` is for the scheduler's own thread: after a single short wait, what is in RAM and
+        pinned, because a decode server of SGLang's gives up a request whose promised pages do not
+        come. Otherwise what lower tiers say they hold counts too, and is on its way up from now on:
+        a page that does not come after all is a miss.
         """
         with self._my_turn("hicache.find"):
-            lease = self._bring_up(keys, patient=not firmly)
-            found = len(lease)
-            num_promised = sum(len(promise) for _, promise in self._promises.values())
-            room = max(0, self._store.arena.num_slots // 2 - num_promised)
-            if found > room:
-                shorter = self._store.acquire(keys[:room])
-                lease.release()
-                lease = shorter
-            self._promise(keys[: len(lease)], lease)
-            return len(lease) if firmly else found
+            if self._closed:
+                return 0
+            ticket = None
+            if (found := self._store.lookup(keys)) < len(keys):
+                ticket = asked = self._store.stage(keys)
+                self._wait_for(asked, lambda: asked.moving if firmly else asked.planning)
+                if self._closed:
+                    return 0
+                known = 0 if asked.closed else found + asked.arrived + asked.remaining
+                found = max(self._store.lookup(keys), known)
+                if firmly:
+                    asked.close()
+            num_held = self._store.num_staged + sum(len(p.lease) for p in self._promises.values())
+            lease = self._store.acquire(keys[: max(0, self._store.arena.num_slots // 2 - num_held)])
+            if firmly:
+                found = len(lease)
+            self._promise(keys[:found], _Promise(time.monotonic() + PROMISE_S, lease, ticket))
+            return found
 
     def load(self, keys: Sequence[Key], page_ids: torch.Tensor) -> int:
         """Copy pages into the pool: how many of them, from the first on."""
         with self._my_turn("hicache.load"):
-            lease = self._bring_up(keys, patient=True)
+            lease = self._bring_up(keys)
             address = self._store.arena.address
             pieces = [Piece(address(span.slot), 1, 0, 1) for span in lease.spans]
             try:
@@ -80,7 +103,7 @@ class PageStore:
             finally:
                 lease.release()
             for key in self._promises.keys() & set(keys):
-                self._promises.pop(key)[1].release()
+                self._promises.pop(key).end()
             self._store.stats.add("pages.loaded", len(pieces))
             return len(pieces)
 
@@ -148,11 +171,11 @@ class PageStore:
                 self._store.poll()
             now = time.monotonic()
             while self._promises:
-                key, (until, lease) = next(iter(self._promises.items()))
-                if now < until:
+                key, promise = next(iter(self._promises.items()))
+                if now < promise.until:
                     break
                 del self._promises[key]
-                lease.release()
+                promise.end()
             with self._store.stats.timed(name):
                 yield
 
@@ -168,24 +191,28 @@ class PageStore:
             self._copies -= 1
             self._turn.notify_all()
 
-    def _bring_up(self, keys: Sequence[Key], *, patient: bool) -> ReadLease:
+    def _bring_up(self, keys: Sequence[Key]) -> ReadLease:
         """Pin what RAM has, after what is below had its time to come."""
         if self._closed:
             return self._store.ram.pin(())
         if self._store.lookup(keys) == len(keys):
             return self._store.acquire(keys)
         ticket = self._store.stage(keys)
-        self._wait_for(ticket, patient=patient)
+        self._wait_for(ticket, lambda: not ticket.done, patient=True)
         lease = self._store.ram.pin(()) if self._closed else self._store.acquire(keys)
         ticket.close()
         return lease
 
-    def _wait_for(self, ticket: Ticket, *, patient: bool) -> None:
-        """Until all has come, or nothing did for a while; others take their turns meanwhile."""
+    def _wait_for(
+        self, ticket: Ticket, waiting: Callable[[], bool], *, patient: bool = False
+    ) -> None:
+        """For no longer than a wait, or as long as something arrives; others take their turns
+        meanwhile.
+        """
         started = time.monotonic()
         wait_s = min(self._stage_wait_s, PATIENCE_S)
         until, arrived = started + wait_s, 0
-        while not self._closed and not (ticket.done if patient else not ticket.moving):
+        while not self._closed and waiting():
             now = time.monotonic()
             if patient and ticket.arrived > arrived:
                 until = min(started + PATIENCE_S, now + wait_s)
@@ -196,13 +223,15 @@ class PageStore:
             if not self._closed:
                 self._store.poll()
 
-    def _promise(self, keys: Sequence[Key], lease: ReadLease) -> None:
+    def _promise(self, keys: Sequence[Key], promise: _Promise) -> None:
         if keys:
             if (old := self._promises.pop(keys[-1], None)) is not None:
-                old[1].release()
-            self._promises[keys[-1]] = (time.monotonic() + PROMISE_S, lease)
+                old.end()
+            self._promises[keys[-1]] = promise
+        else:
+            promise.end()
 
     def _break_promises(self) -> None:
-        for _, lease in self._promises.values():
-            lease.release()
+        for promise in self._promises.values():
+            promise.end()
         self._promises.clear()

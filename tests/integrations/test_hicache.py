@@ -339,8 +339,9 @@ def test_damage_on_disk_is_a_shorter_hit(door, tmp_path):
     blob[-5] ^= 1
     files[0].write_bytes(blob)
     second = door(LMC_TIERS=below(tmp_path))
-    assert second.exists(keys) < 6
+    assert second.exists(keys) == 6, "nobody has looked into it yet"
     assert second.load(keys) < 6
+    assert second.exists(keys) < 6
     assert second.storage.snapshot()["disk.miss.checksum"] >= 1
 
 
@@ -368,6 +369,57 @@ def test_a_tier_that_hangs_is_a_miss(door, tmp_path, monkeypatch):
     assert second.load(others) == 6
     assert not goes_on.is_set()
     goes_on.set()
+
+
+def test_the_scheduler_is_promised_all_that_came_up_for_it(door, tmp_path):
+    keys = chain("a", 10)
+    first = door(LMC_TIERS=below(tmp_path))
+    first.keep(keys)
+    first.close()
+    second = door(LMC_TIERS=below(tmp_path), LMC_RAM_GB=small(20), LMC_STAGE_WAIT_MS="5000")
+    assert second.storage.batch_exists(keys) == 10
+
+
+def test_a_change_of_weights_while_a_query_waits(door, tmp_path, monkeypatch):
+    first = door(LMC_TIERS=below(tmp_path))
+    keys = chain("a", 6)
+    first.keep(keys)
+    first.close()
+    second = door(LMC_TIERS=below(tmp_path))
+    second.load(keys[:3])
+    wait = second.storage._pages._wait_for
+
+    def overtaken(*args, **kwargs):
+        wait(*args, **kwargs)
+        second.storage.weights_changed()
+
+    monkeypatch.setattr(second.storage._pages, "_wait_for", overtaken)
+    assert second.exists([*keys, *chain("b", 1)]) == 0
+
+
+def test_a_query_does_not_wait_for_what_it_finds(door, tmp_path, monkeypatch):
+    """What is there is told by a probe, and on its way up from then on."""
+    goes_on = threading.Event()
+    first = door(LMC_TIERS=below(tmp_path))
+    keys = chain("a", 6)
+    first.keep(keys)
+    first.close()
+
+    def slow(config):
+        tiers = [FaultyTier(tier) for tier in open_tiers(config)]
+        tiers[0].plan("hottest", Fault(lose=True), times=None)
+        tiers[0].plan("read", Fault(hang=goes_on), times=None)
+        return tiers
+
+    monkeypatch.setattr("lmc_sglang.hicache.open_tiers", slow)
+    second = door(LMC_TIERS=below(tmp_path), LMC_STAGE_WAIT_MS="5000")
+    assert second.exists(keys) == 6
+    assert second.storage.batch_exists(chain("b", 3)) == 0, "the scheduler's thread is not held up"
+    goes_on.set()
+    wait_until(lambda: second.storage.snapshot()["staged_slots"] == 6)
+    assert second.load(keys) == 6
+    assert second.storage.snapshot()["staged_slots"] == 0
+    assert second.storage.snapshot()["disk.hit"] == 6
 
 
 # --- promises
