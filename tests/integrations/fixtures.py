@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.integrations.gpu import Gpu
+
 with warnings.catch_warnings():  # what torch and SGLang warn of at import is theirs
     warnings.simplefilter("ignore")
     import msgspec
@@ -27,7 +29,6 @@ with warnings.catch_warnings():  # what torch and SGLang warn of at import is th
     SERVER_ARGS._mamba_cache_chunk_size = 64  # else asked of the model's files
     publish(SERVER_ARGS, role="scheduler")
     torch.set_num_threads(1)
-    from tests.integrations.gpu import Gpu, GpuHarness
     from tests.integrations.harness import Harness
     from tests.integrations.models import ModelHarness
 
@@ -87,13 +88,12 @@ def harness(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         args = msgspec.structs.replace(SERVER_ARGS, model_path=str(model))
         make: Any = partial(ModelHarness, model_kind) if model_kind else Harness
         if gpu is not None:
-            make = partial(GpuHarness, gpu)
             monkeypatch.setattr("lmc_sglang.linker.resolve", lambda *_, **__: gpu.backend())
             monkeypatch.setattr("torch.cuda.current_stream", lambda *_: gpu.current_stream)
         with monkeypatch.context() as patch:
             if cold:
                 patch.setattr("lmc.store.TieredStore.warm", lambda _: None)
-            opened.append(make(args, page, size, layout))
+            opened.append(make(args, page, size, layout, device=gpu))
         return opened[-1]
 
     yield build

@@ -6,7 +6,6 @@ Every buffer of every pool is listed here, not asked of lmc: what it leaves out 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,53 +14,21 @@ from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache import memory_pool as pools
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
-from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-from tests.integrations.harness import Harness, Request
+from tests.integrations.harness import DRAFT, Harness, Request, Rows, Turn
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Sequence
 
 FULL, SWA, MAMBA = ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA
 LAYERS, HEADS, DIM = 3, 2, 32
+WINDOW_LAYERS, FULL_LAYERS = [0, 2, 3], [1, 4]
 WINDOW = 160
 STATES = 40
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A buffer: a row is a slot, or with `page` > 1 that many slots."""
-
-    buffer: torch.Tensor
-    number: int
-    page: int = 1
-
-    def values(self, prefix: torch.Tensor) -> torch.Tensor:
-        """What rows hold where the tokens so far hash to `prefix`."""
-        width = self.buffer[0].numel() * self.buffer.element_size()
-        lane = torch.arange(width)
-        return ((prefix.view(-1, 1) + 31 * self.number + lane) % 251).to(torch.uint8)
-
-    @property
-    def bytes(self) -> torch.Tensor:
-        return self.buffer.view(self.buffer.shape[0], -1).view(torch.uint8)
-
-    def at(self, slots: torch.Tensor, prefix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of slots, and what they hold."""
-        if self.page == 1:
-            return slots, self.values(prefix)
-        return slots[:: self.page] // self.page, self.values(prefix[self.page - 1 :: self.page])
-
-    def put(self, slots: torch.Tensor, prefix: torch.Tensor) -> None:
-        rows, values = self.at(slots, prefix)
-        self.bytes[rows] = values
-
-    def check(self, slots: torch.Tensor, prefix: torch.Tensor) -> None:
-        rows, values = self.at(slots, prefix)
-        assert torch.equal(self.bytes[rows], values), f"buffer {self.number}"
 
 
 def mha(size: int, page: int, kind: type = pools.MHATokenToKVPool, layers: int = LAYERS) -> Any:
@@ -109,6 +76,7 @@ class ModelHarness(Harness):
         )
         self.rows: list[Rows] = []
         self.window_rows: list[Rows] = []
+        self.state_layers = WINDOW_LAYERS if not self.window else [5, 6]
         self.drafts: tuple[Any, ...] = ()
         super().__init__(*arguments, **more)
 
@@ -134,8 +102,8 @@ class ModelHarness(Harness):
                 dtype=torch.float32,
                 head_num=HEADS,
                 head_dim=DIM,
-                swa_attention_layer_ids=[0, 2, 3],
-                full_attention_layer_ids=[1, 4],
+                swa_attention_layer_ids=WINDOW_LAYERS,
+                full_attention_layer_ids=FULL_LAYERS,
                 device="cpu",
                 token_to_kv_pool_class=kind,
                 **kwargs,
@@ -143,16 +111,19 @@ class ModelHarness(Harness):
             self.alloc = SWATokenToKVPoolAllocator(
                 size, size, page, torch.float32, "cpu", self.pool, need_sort=False
             )
-            self._list(self.pool.full_kv_pool, self.rows, page)
-            self._list(self.pool.swa_kv_pool, self.window_rows, page)
+            self._list(self.pool.full_kv_pool, self.rows, page, FULL_LAYERS)
+            self._list(self.pool.swa_kv_pool, self.window_rows, page, WINDOW_LAYERS)
         else:
             self.pool = self._full(size, page)
             kind = TokenToKVPoolAllocator if page == 1 else PagedTokenToKVPoolAllocator
             pages = () if page == 1 else (page,)
             self.alloc = kind(size, *pages, torch.float32, "cpu", self.pool, need_sort=False)
-            self._list(getattr(self.pool, "full_kv_pool", self.pool), self.rows, page)
+            if MAMBA in self.components:
+                self._list(self.pool.full_kv_pool, self.rows, page, FULL_LAYERS)
+            else:
+                self._list(self.pool, self.rows, page, range(LAYERS))
         for draft in self.drafts:
-            self._list(draft, self.rows, page)
+            self._list(draft, self.rows, page, [DRAFT])
 
     def _full(self, size: int, page: int) -> Any:
         if "mamba" in self.model:
@@ -167,7 +138,7 @@ class ModelHarness(Harness):
                 page_size=page,
                 head_num=HEADS,
                 head_dim=DIM,
-                full_attention_layer_ids=[1, 4],
+                full_attention_layer_ids=FULL_LAYERS,
                 device="cpu",
                 mamba_pool=None,
                 **latent,
@@ -182,6 +153,14 @@ class ModelHarness(Harness):
         make, kind = kinds.get(self.model, (mha, pools.MHATokenToKVPool))
         return make(size, page, kind)
 
+    @property
+    def allocators(self) -> list[Any]:
+        if self.window:
+            found = [self.alloc.full_attn_allocator, self.alloc.swa_attn_allocator]
+        else:
+            found = [self.alloc]
+        return [*found, self.table.mamba_allocator] if self.states else found
+
     def make_table(self, size: int) -> Any:
         if MAMBA not in self.components:
             return super().make_table(size)
@@ -194,7 +173,6 @@ class ModelHarness(Harness):
             state_size=16,
             conv_kernel=4,
         )
-        layers = [0, 2, 3] if not self.window else [5, 6]
         self.table = pools.HybridReqToTokenPool(
             size=8,
             mamba_size=STATES,
@@ -202,15 +180,15 @@ class ModelHarness(Harness):
             max_context_len=size,
             device="cpu",
             enable_memory_saver=False,
-            cache_params=Mamba2CacheParams(shape=shape, layers=layers),
-            mamba_layer_ids=layers,
+            cache_params=Mamba2CacheParams(shape=shape, layers=self.state_layers),
+            mamba_layer_ids=self.state_layers,
             enable_mamba_extra_buffer=self.page > 1,
             speculative_num_draft_tokens=3,
         )
         cache = self.table.mamba_pool.mamba_cache
         for state in (cache.temporal, *cache.conv):
-            for of_layer in state:
-                self.states.append(Rows(of_layer, 1000 + len(self.states)))
+            for layer, of_layer in zip(self.state_layers, state, strict=True):
+                self.states.append(Rows(of_layer, 100 + len(self.states), layer))
         return self.table
 
     def params_of(self) -> dict[str, object]:
@@ -221,117 +199,96 @@ class ModelHarness(Harness):
             "is_eagle": "eagle" in self.model,
         }
 
-    def _list(self, pool: Any, rows: list[Rows], page: int) -> None:
-        for name in ("k_buffer", "v_buffer", "kv_buffer", "kv_scale_buffer"):
-            for buffer in getattr(pool, name, None) or ():
-                rows.append(Rows(buffer, 100 * len(self.window_rows) + len(rows)))
-        for name in ("k_scale_buffer", "v_scale_buffer"):
-            for buffer in getattr(pool, name, None) or ():
-                per_row = page if buffer.shape[0] == pool.size // page + 1 else 1
-                rows.append(Rows(buffer, len(rows), per_row))
-        for buffer in getattr(pool, "index_k_with_scale_buffer", None) or ():
-            rows.append(Rows(buffer, len(rows), page))
+    def _list(self, pool: Any, to: list[Rows], page: int, layers: Sequence[int]) -> None:
+        names = ("k_buffer", "v_buffer", "kv_buffer", "kv_scale_buffer", "k_scale_buffer")
+        for name in (*names, "v_scale_buffer", "index_k_with_scale_buffer"):
+            for layer, buffer in zip(layers, getattr(pool, name, None) or (), strict=False):
+                of_pages = buffer.shape[0] == pool.size // page + 1
+                number = len(self.rows) + len(self.window_rows)
+                to.append(Rows(buffer, number, layer, page if of_pages else 1))
 
     # --- bytes
 
     @property
-    def buffers(self) -> list[torch.Tensor]:
-        return [row.bytes for row in (*self.rows, *self.window_rows, *self.states)]
-
-    def prefixes(self, ids: array) -> torch.Tensor:
-        """A hash of the tokens up to each; in a tree of bigrams, of the one behind it too."""
-        prefix, h = torch.empty(len(ids), dtype=torch.int64), 0
-        for i, token in enumerate(ids):
-            h = (h * 1_000_003 + token) % (1 << 20)
-            prefix[i] = h
-        return prefix
+    def all_rows(self) -> list[Rows]:
+        return [*self.rows, *self.window_rows, *self.states]
 
     def window_slots(self, slots: torch.Tensor) -> torch.Tensor:
         return self.alloc.full_to_swa_index_mapping[slots]
 
-    def compute(self, ids: array, start: int, slots: torch.Tensor) -> None:
-        prefix = self.prefixes(ids)[start : start + len(slots)]
-        for row in self.rows:
-            row.put(slots, prefix)
-        for row in self.window_rows:
-            row.put(self.window_slots(slots), prefix)
+    def reads(self, turn: Turn) -> list[tuple[Rows, torch.Tensor, torch.Tensor]]:
+        """The prefix, the end of it that a window is, and the state it ends in."""
+        found, have = super().reads(turn), len(turn.prefix)
+        hashes = self.hashes(turn.ids)[:have]
+        first = max(0, have - self.window) // self.page * self.page
+        if self.window:
+            slots = self.window_slots(turn.prefix[first:])
+            assert bool((slots > 0).all()), "a page of the window is nowhere"
+            found += [(rows, slots, hashes[first:]) for rows in self.window_rows]
+        return [*found, *((rows, turn.state, hashes[-1:]) for rows in self.states)]
 
-    def check(self, ids: array, slots: torch.Tensor, start: int = 0) -> None:
-        prefix = self.prefixes(ids)[start : start + len(slots)]
-        for row in self.rows:
-            row.check(slots, prefix)
+    def writes(
+        self, turn: Turn, rest: torch.Tensor
+    ) -> list[tuple[Rows, torch.Tensor, torch.Tensor]]:
+        found, end = super().writes(turn, rest), len(turn.prefix) + len(rest)
+        hashes = self.hashes(turn.ids)[end - len(rest) : end]
+        if self.window:
+            slots = self.window_slots(rest)
+            found += [(rows, slots, hashes) for rows in self.window_rows]
+        hashes = self.hashes(turn.ids)[:end][-1:]
+        return [*found, *((rows, turn.made, hashes) for rows in self.states)]
 
-    def check_window(self, ids: array, slots: torch.Tensor) -> None:
-        """The end of a prefix, of which `slots` are all."""
-        first = max(0, len(slots) - self.window) // self.page * self.page
-        swa = self.window_slots(slots[first:])
-        assert bool((swa > 0).all()), "a page of the window is nowhere"
-        prefix = self.prefixes(ids)[first : len(slots)]
-        for row in self.window_rows:
-            row.check(swa, prefix)
-
-    def check_state(self, ids: array, length: int, slot: torch.Tensor) -> None:
-        prefix = self.prefixes(ids)[length - 1 : length]
-        for row in self.states:
-            row.check(slot.view(1), prefix)
+    def wait_for(self, layer: int) -> None:
+        if self.states and layer in self.state_layers:
+            self.table.mamba2_layer_index(layer)
+        else:
+            super().wait_for(layer)
 
     # --- the scheduler's part
 
     def arrive(self, ids: array, **more: Any) -> Request:
         return super().arrive(ids, kv=ReqKvInfo(), **more)
 
-    def run(self, ids: array, **more: Any) -> int:
-        req = self.arrive(ids, **more)
-        match = self.admit(req)
-        device, host = match.device_prefix_len, match.host_hit_length
-        path = self.path(match)
-        self.check(ids, path)
-        loaded = self.load(req, match) if host else path[:0]
-        self.check(ids, loaded, device)
-        have = device + host
-        if self.window:
-            self.check_window(ids, torch.cat([path, loaded]))
-        if host and MAMBA in self.components:
-            self.check_state(ids, have, req.kv.mamba_pool_idx)
-        keyed = self.whole(ids)
-        rest = self.alloc_tokens(len(keyed) - have)
-        self.compute(ids, have, rest)
-        key = {"extra_key": more.get("extra_key"), "cache_salt": more.get("cache_salt")}
-        self.insert(ids, torch.cat([path, loaded, rest]), device, req=req, **key)
-        return have
+    def load(self, req: Request, match: Any) -> Turn:
+        turn = super().load(req, match)
+        if req.kv.holds_mamba:
+            turn.state = req.kv.mamba_pool_idx.view(1)
+        elif self.states and len(turn.path):
+            turn.state = self.cache.tree_core.get_component_device_value(
+                match.best_match_node, MAMBA
+            )
+        return turn
 
-    def path(self, match: Any) -> torch.Tensor:
-        length = match.device_prefix_len
-        if not length:
-            return torch.empty(0, dtype=torch.int64)
-        return self.cache.path_device_indices(match.last_device_node)[:length]
+    def forward(self, turn: Turn, rest: torch.Tensor) -> None:
+        if self.states and len(self.whole(turn.ids)):
+            turn.made = self.alloc_state()
+        super().forward(turn, rest)
+
+    def keep(self, turn: Turn, rest: torch.Tensor, **params: Any) -> Any:
+        if self.window:
+            params["component_evicted_seqlens"] = {SWA: turn.req.kv.get_evicted_seqlen(SWA)}
+        if self.states:
+            params["mamba_value"] = turn.made
+        result = super().keep(turn, rest, **params)
+        if self.states and result.mamba_exist:
+            self.table.mamba_allocator.free(turn.made)
+        self._free_state(turn)
+        return result
+
+    def drop(self, turn: Turn) -> None:
+        super().drop(turn)
+        self._free_state(turn)
+
+    def _free_state(self, turn: Turn) -> None:
+        """Its own, into which a state was loaded."""
+        if turn.req.kv.holds_mamba:
+            self.table.mamba_allocator.free(turn.req.kv.mamba_pool_idx.view(1))
+            turn.req.kv.mamba_pool_idx = None
 
     def whole(self, ids: array) -> array:
         if self.params.is_eagle:  # n + 1 tokens make n bigrams
             return ids[: (len(ids) - 1) // self.page * self.page]
         return super().whole(ids)
-
-    def insert(
-        self, ids: array, slots: torch.Tensor, prev: int = 0, req: Any = None, **key: Any
-    ) -> None:
-        whole = self.whole(ids)
-        length = len(whole)
-        tokens = ids[: length + 1] if self.params.is_eagle else whole
-        params = InsertParams(key=RadixKey(tokens, **key), value=slots, prev_prefix_len=prev)
-        if self.window and req is not None:
-            params.set_evicted_seqlen(SWA, req.kv.get_evicted_seqlen(SWA))
-        if MAMBA in self.components and length:
-            slot = self.alloc_state()
-            for row in self.states:
-                row.put(slot, self.prefixes(ids)[length - 1 : length])
-            params.mamba_value = slot
-        if length:
-            result = self.cache.insert(params)
-            if MAMBA in self.components and result.mamba_exist:
-                self.table.mamba_allocator.free(params.mamba_value)
-        if req is not None and req.kv.holds_mamba:
-            self.table.mamba_allocator.free(req.kv.mamba_pool_idx.view(1))
-            req.kv.mamba_pool_idx = None
 
     def alloc_state(self) -> torch.Tensor:
         slot = self.table.mamba_allocator.alloc(1)
@@ -353,11 +310,7 @@ class ModelHarness(Harness):
         self.alloc.full_to_swa_index_mapping[slots] = swa.alloc(n)
         return slots
 
-    def flush(self) -> None:
-        self.settle()
-        self.cache.reset()
-        self.alloc.clear()
-        if MAMBA in self.components:
+    def reset(self) -> None:
+        super().reset()
+        if self.states:
             self.table.clear()
-        for buffer in self.buffers:
-            buffer.zero_()

@@ -31,7 +31,7 @@ import lmc_sglang.linker
 from lmc.testing import Fault, FaultyTier
 from lmc.tiers import open_tiers
 from lmc_sglang.identity import Ranks
-from tests.integrations.harness import Harness, Request, tokens
+from tests.integrations.harness import NOTHING, Harness, Request, tokens
 
 if TYPE_CHECKING:
     from array import array
@@ -42,8 +42,6 @@ WEIGHTS_STAY = 0.75
 """Part of a play before they change: from then on tiers that outlive the process are off."""
 FATES = ("served", "arrived", "matched", "queued", "loading", "waiting")
 """Where a request is aborted, or that it waits a pass for its admission."""
-
-_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class Wish(NamedTuple):
@@ -75,9 +73,8 @@ class Own(Harness):
 
     part, generation = 0, 0
 
-    def expected(self, ids: array[int]) -> list[torch.Tensor]:
-        offset = 31 * self.part + 101 * self.generation
-        return [values + offset for values in super().expected(ids)]
+    def hashes(self, ids: array[int]) -> torch.Tensor:
+        return super().hashes(ids) + 31 * self.part + 101 * self.generation
 
 
 class Admitted(NamedTuple):
@@ -154,7 +151,7 @@ class Rank:
         loads = dict(cache.linker.private_load_indices)
         assert cache.linker.finish_loads() == []
         for one in batch:
-            self._finish(one, loads.get(one.req.rid, _NOTHING))
+            self._finish(one, loads.get(one.req.rid, NOTHING))
         self.compare(told)
 
     def serve_whole(self, *arriving: Wish) -> None:
@@ -191,7 +188,7 @@ class Rank:
             cache.dec_lock_ref(node, lock)
             self.waiting.append((req, wish))
             return []
-        path = cache.path_device_indices(node)[:device] if device else _NOTHING
+        path = cache.path_device_indices(node)[:device] if device else NOTHING
         if host:
             req.last_node = node
             loaded, _ = cache.init_load_back(
@@ -202,7 +199,7 @@ class Rank:
             told.append(loaded)
             assert loaded == host, "what was promised"
         if wish.fate == "queued":
-            slots = cache.linker.private_load_indices.get(req.rid, _NOTHING)
+            slots = cache.linker.private_load_indices.get(req.rid, NOTHING)
             self._abort(req)
             self._free(slots)
             cache.dec_lock_ref(node, lock)

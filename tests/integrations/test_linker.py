@@ -239,8 +239,7 @@ def test_a_flush_during_a_store_keeps_what_was_copied(harness):
     h = harness()
     ids = tokens(1, 2000)
     h.run(ids)
-    h.cache.reset()  # at once, copies still under way
-    h.alloc.clear()
+    h.reset()  # copies still under way
     assert_nothing_held(h)
     assert 2000 - h.run(ids) <= 64
 
@@ -249,8 +248,7 @@ def test_a_flush_while_a_load_is_under_way(harness):
     h = stored(harness, 1000)
     req = h.arrive(tokens(1, 1000))
     h.load_back(req, h.match(req))
-    h.cache.reset()
-    h.alloc.clear()
+    h.reset()
     assert_nothing_held(h)
     assert h.run(tokens(1, 1000)) == 960
 

@@ -192,7 +192,7 @@ def test_a_request_is_passed_over_until_its_chunks_are_here(harness, tmp_path):
     match = h.admit(req)
     assert match.host_hit_length == 960
     assert admission(h, req) is AddReqResult.OTHER
-    h.load(req, match)
+    h.serve(h.load(req, match))
 
 
 def test_who_runs_without_what_was_staged_for_it_lets_that_go(harness, tmp_path):
@@ -291,7 +291,7 @@ def test_no_call_of_the_scheduler_waits_for_a_tier(harness, tmp_path):
     assert longest < 1
     assert h.linker.passes_over(req.rid)
     tier.go.set()
-    h.load(req, h.admit(req))
+    h.serve(h.load(req, h.admit(req)))
 
 
 def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(harness, tmp_path):
@@ -364,7 +364,7 @@ def test_a_twin_that_goes_away_is_not_waited_for_for_long(harness):
         h.step()
         passes += 1
     assert 0 < passes <= 60
-    h.load(other, h.match(other))
+    h.serve(h.load(other, h.match(other)))
 
 
 def test_prefill_is_measured_from_batch_to_batch(harness, monkeypatch):

@@ -113,22 +113,23 @@ def test_in_every_layout_a_page_is_one_run(harness, layout):
     h = harness(layout=layout)
     pool, slots = described(h.params), torch.arange(h.page, 3 * h.page)
     assert pool.fields["pool_layout"] == layout
-    values = torch.randperm(len(slots) * HEADS * DIM).float().view(-1, HEADS, DIM)
-    for buffer, plane in zip((h.pool.k_buffer[0], h.pool.v_buffer[0]), (0, 1), strict=True):
-        h.put(buffer, slots, values)
-        found = pool.pages.planes[plane][1:3].reshape(-1).view(torch.float32)
+    values = torch.randperm(len(slots) * HEADS * DIM).float().view(len(slots), -1)
+    for rows, plane in zip(h.rows[:2], pool.pages.planes[:2], strict=True):
+        at, image = rows.at(slots, values.view(torch.uint8))
+        rows.bytes[at] = image
+        found = plane[1:3].reshape(-1).view(torch.float32)
         assert torch.equal(found.sort().values, torch.arange(values.numel()).float())
-        assert torch.equal(buffer[h.places(buffer, slots)], values)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])
 def test_slots_lie_where_sglang_writes_them(harness, layout):
     """The third layout is written by a kernel for AMD's GPUs."""
-    h, slots = harness(layout=layout), torch.tensor([64, 127, 4000, 200])
+    h, slots = harness(layout=layout), torch.cat([torch.arange(4032, 4096), torch.arange(64, 128)])
     k, v = torch.randn(2, len(slots), HEADS, DIM)
     h.pool.set_kv_buffer(None, slots, k, v, layer_id_override=2)
-    for buffer, values in ((h.pool.k_buffer[2], k), (h.pool.v_buffer[2], v)):
-        assert torch.equal(buffer[h.places(buffer, slots)], values)
+    for rows, values in zip(h.rows[4:6], (k, v), strict=True):
+        at, image = rows.at(slots, values.flatten(1).view(torch.uint8))
+        assert torch.equal(rows.bytes[at], image)
 
 
 def placed(params, monkeypatch, device: torch.device):
