@@ -111,7 +111,7 @@ class Rows:
     def at(self, slots: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of whole pages, and their bytes where slots hold these values."""
         rows = slots[:: self.page] // self.page
-        return rows, self.order(values.view(len(rows), self.page, -1))
+        return rows, self.order(values.view(-1, self.page, values.shape[1]))
 
     def put(self, slots: torch.Tensor, hashes: torch.Tensor) -> None:
         rows, values = self.at(slots, self.values(hashes))
