@@ -80,7 +80,7 @@ class Gpu(Host):
 
     def finish(self) -> None:
         """Until both streams are empty; the forwards have read what they should."""
-        for stream in (self.own, self.forwards):
+        for stream in (self.forwards, self.own):  # the scheduler's may wait for whole loads
             with self._event(stream) as event:
                 self.driver.event_wait(event)
         for what, found, want in self._read:
