@@ -1,7 +1,9 @@
 """Every kind of model that SGLang runs on a CPU: many prompts of mixed lengths and shared
 beginnings, asked of SGLang alone, of lmc after a flush, and of lmc after a restart.
 
-Where the same KV came from a cache, tokens and log-probabilities are equal to the last bit.
+Where the same KV came from a cache, tokens and log-probabilities are equal to the last bit. A page
+may have been computed twice, because SGLang had let go of the window before it: then the engine
+holds the second and lmc the first, which are as good, but not the same in their last bits.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pytest
 
 from tests.engines.models import model
 from tests.engines.soak import is_quiet, settled
-from tests.engines.test_sglang import ask, same, tokens, whole_pages
+from tests.engines.test_sglang import PAGE, ask, same, tokens, whole_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +56,7 @@ class Run:
     ) -> None:
         name, flags = KINDS[kind]
         self.launch, self.served, self.flags = launch, model(name), flags
+        self.windows = kind == "window"
         self.environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if flags == TWO_RANKS else {}
         self.settings = {
             "LMC_ENABLE": "1",
@@ -63,7 +66,7 @@ class Run:
         self.prompts = prompts_of(number)
 
     def start(self, settings: Mapping[str, str]) -> SglangServer:
-        flags = (*self.flags, "--page-size", "64", "--chunked-prefill-size", "512")
+        flags = (*self.flags, "--page-size", str(PAGE), "--chunked-prefill-size", "512")
         return self.launch(*flags, served=self.served, **self.environment, **settings)
 
     def alone(self) -> tuple[list[Answer], list[Answer]]:
@@ -76,17 +79,17 @@ class Run:
                 hit.append(ask(server, prompt))
         return cold, hit
 
-    def with_lmc(self) -> tuple[list[Answer], list[Answer]]:
-        """SGLang's own hit, and after a flush: all of it was asked before."""
-        own = []
+    def with_lmc(self) -> tuple[list[Answer], list[Answer], list[Answer]]:
+        """The first time, SGLang's own hit, and after a flush: all of it was asked before."""
+        first, own = [], []
         with self.start(self.settings) as server:
             for prompt in self.prompts:
                 server.flush()
-                ask(server, prompt)
+                first.append(ask(server, prompt))
                 own.append(ask(server, prompt))
             again = after_flushes(server, self.prompts)
             server.drain()
-        return own, again
+        return first, own, again
 
     def restarted(self) -> list[Answer]:
         """What was used last has come up by itself: how fast a disk is must not decide here."""
@@ -103,14 +106,31 @@ def after_flushes(server: SglangServer, prompts: Sequence[list[int]]) -> list[An
     return answers
 
 
+def shared_tokens(prompts: Sequence[list[int]]) -> list[int]:
+    """Of each prompt, the whole pages that one before it has in common with it."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for prompt in prompts:
+        pages = [tuple(prompt[:end]) for end in range(PAGE, len(prompt) + 1, PAGE)]
+        shared = next((n for n, page in enumerate(pages) if page not in seen), len(pages))
+        found.append(min(shared * PAGE, whole_pages(prompt)))
+        seen.update(pages)
+    return found
+
+
 def check(run: Run) -> None:
     cold, hit = run.alone()
-    own, after_flush = run.with_lmc()
+    first, own, after_flush = run.with_lmc()
     after_restart = run.restarted()
+    shared = shared_tokens(run.prompts)
     for i, prompt in enumerate(run.prompts):
         assert own[i].cached_tokens == hit[i].cached_tokens == whole_pages(prompt)
-        assert same(after_flush[i], own[i])
-        assert same(after_restart[i], own[i])
+        computed_twice = first[i].cached_tokens < shared[i]
+        assert not computed_twice or run.windows
+        for again in (after_flush[i], after_restart[i]):
+            assert again.cached_tokens == own[i].cached_tokens
+            assert again.output_ids == own[i].output_ids
+            assert computed_twice or same(again, own[i])
         if hit[i].output_ids == cold[i].output_ids:
             assert own[i].output_ids == cold[i].output_ids
 
