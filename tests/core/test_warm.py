@@ -90,6 +90,20 @@ def test_a_chain_keeps_its_order_of_leaving(opened) -> None:
     assert second.lookup(keys_of(1, 16)) == 8, "from the end"
 
 
+def test_a_chain_is_one_again(opened) -> None:
+    """Whoever uses its end keeps its beginning."""
+    first = opened()
+    fill(first, 1, 16)
+    first.close(5)
+    second = warmed(opened())
+    keys = keys_of(1, 16)
+    slots = [span.slot for span in second.ram.find(keys)]
+    assert [second.ram.parent_key(slot) for slot in slots] == [None, keys[3], keys[7], keys[11]]
+    second.ram.touch(second.ram.find(keys[12:], 12))
+    fill(second, 2, 4 * (second.ram.num_free + 2))
+    assert second.lookup(keys) == 8
+
+
 def test_no_more_than_half_of_free_memory_and_the_hottest_of_all(opened) -> None:
     first = opened(slots=40)
     for seed in range(1, 6):
